@@ -1,0 +1,1 @@
+"""How a task is run: claimed, given a sandbox, followed, saved, verified."""

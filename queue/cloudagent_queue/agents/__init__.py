@@ -1,0 +1,58 @@
+"""What runs in a sandbox. An agent is one file here and one line in `AGENTS`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from cloudagent_queue.sandboxes import Sandbox
+from cloudagent_storage.records import TaskSpec
+
+RUN_FOLDER = "run"
+"""The folder, under a sandbox's root, where worker and runner meet: request.json, events.jsonl, inbox/, result.json."""
+REPOSITORY_FOLDER = "repository"
+"""The folder, under a sandbox's root, where the agent works."""
+EVENTS = f"{RUN_FOLDER}/events.jsonl"
+RESULT = f"{RUN_FOLDER}/result.json"
+
+
+class Agent(Protocol):
+    """Starts one kind of agent in a sandbox; what it does there arrives through the files in `RUN_FOLDER`."""
+
+    name: str
+    environment: Sequence[str]
+    """The variables of its user's environment that it can use, credentials among them."""
+
+    def check_credential(self, env: Mapping[str, str]) -> None:
+        """Raises `CredentialMissing` when nothing in `env` lets the agent reach a model."""
+        ...
+
+    def secrets(self, env: Mapping[str, str]) -> Sequence[str]:
+        """The values in `env` that must never be seen in a log."""
+        ...
+
+    def install(self, sandbox: Sandbox, spec: TaskSpec, *, request: Mapping[str, Any]) -> None:
+        """Put the runner and its request.json into the sandbox."""
+        ...
+
+    def start(self, sandbox: Sandbox, *, env: Mapping[str, str]) -> None:
+        """Start it, detached."""
+        ...
+
+    def tell(self, sandbox: Sandbox, message_id: str, message: Mapping[str, Any]) -> None:
+        """Put a message into the running agent's inbox."""
+        ...
+
+    def session(self, sandbox: Sandbox) -> bytes | None:
+        """The conversation's files as one JSON document, so that it can go on elsewhere."""
+        ...
+
+
+AGENTS: Mapping[str, tuple[str, str]] = {"claude": ("cloudagent_queue.agents.claude", "Claude")}
+
+
+def open_agent(name: str) -> Agent:
+    """The agent of that name; its module is only imported now. Raises KeyError for an unknown one."""
+    module, attribute = AGENTS[name]
+    return cast(Agent, getattr(importlib.import_module(module), attribute)())

@@ -1,0 +1,139 @@
+"""Where agents run. A provider is one file here and one line in `PROVIDERS`.
+
+Paths are relative to the sandbox's root and may not leave it; `Sandbox.root` is that root as the processes inside see it.
+Everything in a sandbox belongs to a hostile agent: nothing read from it is trusted, and no path in it is followed
+through a symlink.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from cloudagent_storage.errors import UnknownProvider
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """How a command in a sandbox ended."""
+
+    exit_code: int | None
+    """None when it was killed because its time was up."""
+    output: str
+    """Standard output and standard error together; the middle is left out when it is long."""
+
+
+@dataclass(frozen=True)
+class SandboxInfo:
+    """A sandbox as its provider lists it."""
+
+    id: str
+    metadata: Mapping[str, str]
+
+
+class Sandbox(Protocol):
+    """One isolated place with a file system and processes.
+
+    Every method raises `SandboxGone` when the sandbox is confirmed dead, and `SandboxUnreachable` when it does not answer
+    and may still live. The two must never be mixed up: a sandbox that may live holds the work.
+    """
+
+    id: str
+    root: str
+    """The sandbox's folder as processes inside see it, for example `/sandbox`."""
+    python: str
+    """An interpreter inside that can import claude_agent_sdk."""
+
+    def start(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
+        """Start a command detached: it outlives this process. Its working directory is the root.
+
+        `env` is its whole environment beside PATH, HOME, LANG and TMPDIR.
+        """
+        ...
+
+    def alive(self) -> bool:
+        """Is the started command still running?"""
+        ...
+
+    def stop(self) -> None:
+        """Ask the started command to end (SIGTERM). Returns at once; `kill` is the last word."""
+        ...
+
+    def end_processes(self) -> None:
+        """End every process in the sandbox and keep its files. Returns when they are gone."""
+        ...
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        timeout_s: float,
+        env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        home: str | None = None,
+    ) -> CommandResult:
+        """Run a command to its end beside whatever else runs here. `home` is its HOME, a path under the root."""
+        ...
+
+    def read(self, path: str, *, offset: int = 0, max_bytes: int) -> bytes:
+        """At most `max_bytes` of a regular file from `offset`; b"" past its end or when there is no such file."""
+        ...
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put a whole file in place at once, with the folders above it."""
+        ...
+
+    def extend(self, seconds: float) -> None:
+        """Ask the provider to keep the sandbox for that long from now."""
+        ...
+
+    def kill(self) -> None:
+        """End every process and delete the sandbox. Returns when it is gone; a sandbox that is gone already is no error."""
+        ...
+
+
+class Provider(Protocol):
+    """Makes and finds sandboxes."""
+
+    name: str
+    session_cap_s: float | None
+    """The longest life of one sandbox, or None."""
+
+    def create(self, *, metadata: Mapping[str, str]) -> Sandbox:
+        """A new empty sandbox. Raises `SandboxUnavailable` with the remedy."""
+        ...
+
+    def connect(self, sandbox_id: str) -> Sandbox:
+        """A sandbox that exists. Raises `SandboxGone` or `SandboxUnreachable`."""
+        ...
+
+    def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
+        """The living sandboxes whose metadata holds all of these."""
+        ...
+
+    def self_check(self) -> str:
+        """One line that says how sandboxes are made here. Raises `SandboxUnavailable` with the remedy."""
+        ...
+
+
+PROVIDERS: Mapping[str, tuple[str, str]] = {
+    "local": ("cloudagent_queue.sandboxes.local", "LocalProvider"),
+    "unsafe-process": ("cloudagent_queue.sandboxes.local", "UnsafeProcessProvider"),
+}
+
+
+def open_provider(name: str, *, data_folder: Path) -> Provider:
+    """The provider of that name; its module is only imported now.
+
+    Raises `UnknownProvider`, naming the choices.
+    """
+    try:
+        module, attribute = PROVIDERS[name]
+    except KeyError:
+        choices = ", ".join(PROVIDERS)
+        raise UnknownProvider(remedy=f"Set SANDBOX_PROVIDER to one of: {choices}.") from None
+    factory = getattr(importlib.import_module(module), attribute)
+    return cast(Provider, factory(data_folder / "sandboxes"))

@@ -1,0 +1,390 @@
+"""The one error tree. A class's docstring is its default message; `code` is stable and part of the public interface.
+
+* CloudAgentError
+  x InvalidInput                what the caller sent cannot be used
+    + UnknownArgument, MissingArgument, WrongType, OutOfRange, InvalidCharacter, InvalidUnicode, InvalidCursor
+    + PromptEmpty, PromptTooLong
+    + UnknownProvider
+    + repository
+      - RepositoryNotAllowed, RepositoryNotFound, RepositoryUnreachable, RepositoryEmpty, CredentialsInUrl
+      - InvalidRef, RefNotFound, RepositoryTooLarge
+  x NotFound
+    + TaskNotFound, AmbiguousId, NoRoute
+  x NotNow                      right, but not in this state
+    + NotReady, NoChanges, AlreadyApplied, NothingToUndo, Busy
+    + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
+  x CredentialMissing
+  x Unauthorized
+  x Unavailable                 something we depend on does not answer
+    + DatabaseUnavailable, QueueUnavailable, ServerUnreachable, GitMissing
+    + SandboxUnavailable        no sandbox can be made at all
+  x SandboxError                about one sandbox
+    + SandboxGone               it is confirmed dead: make a new one
+    + SandboxUnreachable        it may live, and the work is in it: never replace it
+  x LeaseLost                   another attempt owns the task now: let go, change nothing
+  x Internal
+
+Every error says what happened (`message`), what to do next (`remedy`), and which argument is meant (`field`).
+A message never holds the value that the caller sent, a path of the server, or a secret.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class CloudAgentError(Exception):
+    """Something went wrong."""
+
+    code: ClassVar[str] = "internal"
+    remedy: str = "Try again; if it happens again, run `ca doctor`."
+    field: str | None = None
+
+    def __init__(self, message: str | None = None, *, remedy: str | None = None, field: str | None = None) -> None:
+        self.message = message or " ".join((type(self).__doc__ or "").split())
+        if remedy is not None:
+            self.remedy = remedy
+        if field is not None:
+            self.field = field
+        super().__init__(self.message)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The error as every face shows it: code, detail, remedy, field."""
+        return {"code": self.code, "detail": self.message, "remedy": self.remedy, "field": self.field}
+
+
+class InvalidInput(CloudAgentError):
+    """What was sent cannot be used."""
+
+    code = "invalid_input"
+    remedy = "Correct the argument and call again."
+
+
+class UnknownArgument(InvalidInput):
+    """There is no argument of that name."""
+
+    code = "unknown_argument"
+    remedy = "Leave it out."
+
+
+class MissingArgument(InvalidInput):
+    """A required argument is missing."""
+
+    code = "missing_argument"
+    remedy = "Pass it."
+
+
+class WrongType(InvalidInput):
+    """An argument has the wrong type."""
+
+    code = "wrong_type"
+
+
+class OutOfRange(InvalidInput):
+    """An argument lies outside its range."""
+
+    code = "out_of_range"
+
+
+class InvalidCharacter(InvalidInput):
+    """The text holds a NUL character."""
+
+    code = "invalid_character"
+    remedy = "Remove the NUL character and call again."
+
+
+class InvalidUnicode(InvalidInput):
+    """The text holds half of a surrogate pair and is no valid Unicode."""
+
+    code = "invalid_unicode"
+    remedy = "Send well-formed Unicode text."
+
+
+class InvalidCursor(InvalidInput):
+    """That cursor is not one that this list handed out."""
+
+    code = "invalid_cursor"
+    remedy = "Leave the cursor out to start from the beginning."
+
+
+class PromptEmpty(InvalidInput):
+    """The prompt is empty."""
+
+    code = "prompt_empty"
+    remedy = "Say in plain words what the agent should do."
+    field = "prompt"
+
+
+class PromptTooLong(InvalidInput):
+    """The prompt is too long."""
+
+    code = "prompt_too_long"
+    remedy = "Shorten it, or put the material into a file of the repository and refer to it."
+    field = "prompt"
+
+
+class UnknownProvider(InvalidInput):
+    """There is no sandbox provider of that name."""
+
+    code = "unknown_provider"
+    field = "provider"
+
+
+class RepositoryNotAllowed(InvalidInput):
+    """That kind of repository address is not allowed."""
+
+    code = "repository_not_allowed"
+    remedy = "Pass an https:// or ssh:// address, git@host:path, a local folder, or none."
+    field = "repository"
+
+
+class RepositoryNotFound(InvalidInput):
+    """There is no git repository at that place."""
+
+    code = "repository_not_found"
+    remedy = "Check the path; `git init` and a first commit make a folder a repository."
+    field = "repository"
+
+
+class RepositoryUnreachable(InvalidInput):
+    """The repository could not be fetched."""
+
+    code = "repository_unreachable"
+    remedy = "Check the address and your access to it with `git ls-remote`."
+    field = "repository"
+
+
+class RepositoryEmpty(InvalidInput):
+    """The repository has no commit yet."""
+
+    code = "repository_empty"
+    remedy = "Make a first commit, or pass repository=none."
+    field = "repository"
+
+
+class RepositoryTooLarge(InvalidInput):
+    """The repository is larger than may be sent."""
+
+    code = "repository_too_large"
+    remedy = "Remove large files from its history, or pass a remote address instead of a local folder."
+    field = "repository"
+
+
+class CredentialsInUrl(InvalidInput):
+    """The repository's address holds a user name or password."""
+
+    code = "credentials_in_url"
+    remedy = "Remove it from the address and use git's credential helper, or an ssh address."
+    field = "repository"
+
+
+class InvalidRef(InvalidInput):
+    """That is no valid name of a branch, tag or commit."""
+
+    code = "invalid_ref"
+    remedy = "Pass the name of a branch or tag, or a commit's id."
+    field = "base_ref"
+
+
+class RefNotFound(InvalidInput):
+    """The repository has no branch, tag or commit of that name."""
+
+    code = "ref_not_found"
+    remedy = "Pass the name of a branch or tag that exists."
+    field = "base_ref"
+
+
+class NotFound(CloudAgentError):
+    """There is nothing of that name."""
+
+    code = "not_found"
+    remedy = "Check the name."
+
+
+class TaskNotFound(NotFound):
+    """There is no task with that id."""
+
+    code = "task_not_found"
+    remedy = "List the tasks with list_tasks (`ca task list`)."
+    field = "task_id"
+
+
+class AmbiguousId(NotFound):
+    """Several tasks begin with that prefix."""
+
+    code = "ambiguous_id"
+    remedy = "Type a few more characters of the id."
+    field = "task_id"
+
+
+class NoRoute(NotFound):
+    """There is nothing at that address."""
+
+    code = "no_route"
+    remedy = "The routes are listed in the README, section REST."
+
+
+class NotNow(CloudAgentError):
+    """That is not possible in the present state."""
+
+    code = "not_now"
+    remedy = "Look at the task's status."
+
+
+class NotReady(NotNow):
+    """The task has no result yet."""
+
+    code = "not_ready"
+    remedy = "Wait for it with get_task(wait_seconds=50) (`ca task wait`)."
+    field = "task_id"
+
+
+class NoChanges(NotNow):
+    """The task changed no file."""
+
+    code = "no_changes"
+    remedy = "Read what the agent said with get_task_logs (`ca task logs`)."
+    field = "task_id"
+
+
+class AlreadyApplied(NotNow):
+    """The working tree already holds this task's result."""
+
+    code = "already_applied"
+    remedy = "Nothing is left to do; `undo` takes it back."
+    field = "task_id"
+
+
+class NothingToUndo(NotNow):
+    """No applied result of this task is recorded for this directory."""
+
+    code = "nothing_to_undo"
+    remedy = "Look for the backup ref with `git for-each-ref refs/cloudagent`."
+    field = "task_id"
+
+
+class Busy(NotNow):
+    """Another apply or undo is working on this directory."""
+
+    code = "busy"
+    remedy = "Try again when it has ended."
+
+
+class ApplyConflict(NotNow):
+    """Some files changed here as well as in the task; nothing was written."""
+
+    code = "conflict"
+    remedy = "Commit or stash your changes to these files, or merge the task's branch yourself."
+
+
+class UnsafeChange(NotNow):
+    """The result holds a change that must not be written to a working tree; nothing was written."""
+
+    code = "unsafe_change"
+    remedy = "Read the diff; what is safe in it can be taken over by hand."
+
+
+class ConfirmationNeeded(NotNow):
+    """The result changes files that can make a machine execute things; nothing was written."""
+
+    code = "confirmation_needed"
+    remedy = "Read their diff, then name each in allow_sensitive."
+    field = "allow_sensitive"
+
+
+class TargetNotAllowed(NotNow):
+    """A result cannot be applied to that directory."""
+
+    code = "target_not_allowed"
+    remedy = "Pass the working tree of the repository that the task started from."
+    field = "directory"
+
+
+class CredentialMissing(CloudAgentError):
+    """There is no credential for the model."""
+
+    code = "credential_missing"
+    remedy = "Set ANTHROPIC_API_KEY, or run `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN to what it prints."
+
+
+class Unauthorized(CloudAgentError):
+    """The key is missing or not valid."""
+
+    code = "unauthorized"
+    remedy = "Send `Authorization: Bearer KEY` with the key that `ca serve` printed at its first start."
+
+
+class Unavailable(CloudAgentError):
+    """Something that this depends on does not answer."""
+
+    code = "unavailable"
+    remedy = "Run `ca doctor`."
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database does not answer."""
+
+    code = "database_unavailable"
+    remedy = "Check DATABASE_URL, and that the server runs; `ca doctor` tells more. Try again."
+
+
+class QueueUnavailable(Unavailable):
+    """The queue does not answer."""
+
+    code = "queue_unavailable"
+    remedy = "Check QUEUE_URL or REDIS_URL, and that the server runs; `ca doctor` tells more."
+
+
+class ServerUnreachable(Unavailable):
+    """The cloudagent server does not answer."""
+
+    code = "server_unreachable"
+    remedy = "Check CLOUDAGENT_URL, and that `ca serve` runs there."
+
+
+class GitMissing(Unavailable):
+    """git is not installed."""
+
+    code = "git_missing"
+    remedy = "Install git and make sure that it is on the PATH."
+
+
+class SandboxUnavailable(Unavailable):
+    """No sandbox can be made on this machine."""
+
+    code = "sandbox_unavailable"
+    remedy = (
+        "Install bubblewrap (`apt install bubblewrap`) and allow unprivileged user namespaces. "
+        "Only on a machine that you can afford to lose: SANDBOX_PROVIDER=unsafe-process runs agents without a sandbox."
+    )
+
+
+class SandboxError(CloudAgentError):
+    """A sandbox failed."""
+
+    code = "sandbox_error"
+
+
+class SandboxGone(SandboxError):
+    """The sandbox does not exist any more."""
+
+    code = "sandbox_lost"
+    remedy = "Submit the task again."
+
+
+class SandboxUnreachable(SandboxError):
+    """The sandbox does not answer, but may still live."""
+
+    code = "sandbox_unreachable"
+
+
+class LeaseLost(CloudAgentError):
+    """Another attempt owns this task now."""
+
+    code = "lease_lost"
+
+
+class Internal(CloudAgentError):
+    """Something unexpected happened; the details are in the server's log."""
+
+    code = "internal"
