@@ -2,7 +2,8 @@
 
 * CloudAgentError
   x InvalidInput                what the caller sent cannot be used
-    + UnknownArgument, MissingArgument, WrongType, OutOfRange, InvalidCharacter, InvalidUnicode, InvalidCursor
+    + UnknownArgument, MissingArgument, WrongType, OutOfRange
+    + InvalidCharacter, InvalidUnicode, InvalidCursor, InvalidJson
     + PromptEmpty, PromptTooLong
     + UnknownProvider
     + repository
@@ -14,9 +15,9 @@
     + NotReady, NoChanges, AlreadyApplied, NothingToUndo, Busy
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
   x CredentialMissing
-  x Unauthorized
+  x Unauthorized, ForbiddenHost
   x Unavailable                 something we depend on does not answer
-    + DatabaseUnavailable, QueueUnavailable, ServerUnreachable, GitMissing
+    + DatabaseUnavailable, QueueUnavailable, ServerUnreachable, GitMissing, PortTaken
     + SandboxUnavailable        no sandbox can be made at all
   x SandboxError                about one sandbox
     + SandboxGone               it is confirmed dead: make a new one
@@ -105,6 +106,13 @@ class InvalidCursor(InvalidInput):
 
     code = "invalid_cursor"
     remedy = "Leave the cursor out to start from the beginning."
+
+
+class InvalidJson(InvalidInput):
+    """The body is no valid JSON."""
+
+    code = "invalid_json"
+    remedy = "Send one JSON object, each name once, without NaN or Infinity."
 
 
 class PromptEmpty(InvalidInput):
@@ -314,6 +322,13 @@ class Unauthorized(CloudAgentError):
     remedy = "Send `Authorization: Bearer KEY` with the key that `ca serve` printed at its first start."
 
 
+class ForbiddenHost(CloudAgentError):
+    """The request's Host or Origin is not one that this server serves."""
+
+    code = "forbidden_host"
+    remedy = "Use the address that the server printed; behind a proxy, set PUBLIC_URL."
+
+
 class Unavailable(CloudAgentError):
     """Something that this depends on does not answer."""
 
@@ -347,6 +362,13 @@ class GitMissing(Unavailable):
 
     code = "git_missing"
     remedy = "Install git and make sure that it is on the PATH."
+
+
+class PortTaken(Unavailable):
+    """The port is in use, or may not be bound."""
+
+    code = "port_taken"
+    remedy = "Choose another with --port; 0 takes a free one."
 
 
 class SandboxUnavailable(Unavailable):

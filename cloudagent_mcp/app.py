@@ -1,0 +1,89 @@
+"""The composition root: settings in, everything that a process needs out."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+from cloudagent_mcp import __version__
+from cloudagent_mcp.embedded import ensure_worker
+from cloudagent_mcp.operations import Caller, Operation, operations_of
+from cloudagent_mcp.operations.tasks import Tasks
+from cloudagent_mcp.settings import Settings
+from cloudagent_queue.task_queue import TaskQueue
+from cloudagent_storage.errors import CloudAgentError
+from cloudagent_storage.records import LOCAL_ACCOUNT
+from cloudagent_storage.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class App:
+    """What one process works with. Everything is opened when it is first needed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def store(self) -> Store:
+        self.settings.make_home()
+        store = Store.open(self.settings.store_url)
+        store.migrate()
+        store.accounts.ensure(LOCAL_ACCOUNT)
+        return store
+
+    @cached_property
+    def queue(self) -> TaskQueue:
+        self.settings.make_home()
+        return TaskQueue(self.settings.task_queue_url)
+
+    @cached_property
+    def providers(self) -> list[str]:
+        """The configured sandbox providers, the preferred one first."""
+        return [name.strip() for name in self.settings.sandbox_provider.split(",") if name.strip()]
+
+    @cached_property
+    def tasks(self) -> Tasks:
+        return Tasks(
+            self.store,
+            lambda: self.settings.keyring,
+            providers=self.providers,
+            state_folder=self.settings.cloudagent_home / "apply",
+            ring=self.ring,
+        )
+
+    @cached_property
+    def operations(self) -> dict[str, Operation]:
+        return operations_of(self.tasks)
+
+    def local_caller(self) -> Caller:
+        """The user of this machine, working in the current folder."""
+        return Caller(local=True, folder=Path.cwd(), environment=self.settings.environment)
+
+    def remote_caller(self, account_id: str) -> Caller:
+        """Somebody with a key; the credentials are the server's."""
+        return Caller(account_id=account_id, environment=self.settings.environment)
+
+    def ring(self, task_id: str) -> None:
+        """See to it that a worker takes a committed task. What fails here costs seconds, never the task."""
+        try:
+            self.queue.put(task_id)
+        except CloudAgentError as error:
+            log.warning("the queue was not told of %s, the sweeper will: %s", task_id, error)
+        self.ensure_worker()
+
+    def ensure_worker(self) -> None:
+        """Where the worker is ours to start, start it unless it runs."""
+        if not self.settings.embedded:
+            return
+        try:
+            ensure_worker(self.settings, version=__version__)
+        except (CloudAgentError, OSError) as error:
+            log.warning("could not start a worker: %s", error)
+
+    def close(self) -> None:
+        """Let go of connections."""
+        for name in ("store", "queue"):
+            if name in self.__dict__:
+                getattr(self, name).close()

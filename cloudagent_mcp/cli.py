@@ -1,0 +1,403 @@
+"""`ca`, for people: written by hand over the same operations that tools and REST offer.
+
+Imports are made inside the commands: `ca mcp` is started by every client session, and starts as fast as it can.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cloudagent_storage.errors import (
+    CloudAgentError,
+    CredentialMissing,
+    NotNow,
+    Unauthorized,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from cloudagent_mcp.client import Client
+
+EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print what REST answers, as one JSON document.")
+task_id = click.argument("task_id", metavar="TASK")
+
+
+def main() -> None:
+    """The `ca` command."""
+    try:
+        ca(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our pipe has seen enough; nothing may be written at exit either.
+        sys.stdout = None
+        sys.exit(0)
+    except CloudAgentError as error:
+        sys.exit(report(error))
+
+
+def mcp_main() -> None:
+    """The `cloudagent-mcp` command is `ca mcp`."""
+    sys.argv[1:1] = ["mcp"]
+    main()
+
+
+def report(error: CloudAgentError) -> int:
+    """Say what went wrong; the exit code for it."""
+    if "--json" in sys.argv:
+        click.echo(json.dumps(error.as_dict()))
+    else:
+        click.echo(f"{click.style('Error', fg='red')} ({error.code}): {error.message}\n  {error.remedy}", err=True)
+    if isinstance(error, Unavailable | Unauthorized | CredentialMissing):
+        return EXIT_UNREACHABLE
+    return EXIT_FAILED if isinstance(error, NotNow) else EXIT_USAGE
+
+
+@contextmanager
+def client() -> Iterator[Client]:
+    from cloudagent_mcp.client import open_client
+    from cloudagent_mcp.settings import Settings
+
+    opened = open_client(Settings.read())
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="cloudagent-mcp", prog_name="ca")
+def ca() -> None:
+    """Hand coding tasks to remote agents, each in a sandbox, and bring their work home."""
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@ca.group()
+def task() -> None:
+    """Create, watch and apply tasks. A task is named by its id, or by any beginning of it that is unique."""
+
+
+@task.command()
+@click.argument("prompt")
+@click.option("--repository", help="https, ssh or git@ address, a folder, or none. Default: the repository you are in.")
+@click.option("--base-ref", help="Branch, tag or commit to start from. Default: your working tree as it is.")
+@click.option("--title", help="A short name.")
+@click.option("--model", help="Model for the agent.")
+@click.option("--verify", help="Shell command that passes if the result is right; run in a clean checkout.")
+@click.option("--setup", help="Shell command that is run in the repository before the agent.")
+@click.option("--timeout-minutes", type=float, help="How long the agent may run (60).")
+@click.option("--max-turns", type=int, help="How many turns it may take.")
+@click.option("--max-budget-usd", type=float, help="What it may spend.")
+@click.option("--provider", help="Where its sandbox comes from.")
+@click.option("--tag", "tags", multiple=True, help="A word to find it by; may be given several times.")
+@click.option("--watch", is_flag=True, help="Then watch it to its end.")
+@as_json
+def create(prompt: str, tags: tuple[str, ...], watch: bool, as_json: bool, **options: Any) -> None:
+    """Submit a task. PROMPT is what the agent should do; - reads it from standard input."""
+    if prompt == "-":
+        prompt = click.get_text_stream("stdin").read()
+    given = {name: value for name, value in options.items() if value is not None}
+    with client() as api:
+        created = api.call("submit_task", prompt=prompt, tags=list(tags), **given)
+        if as_json and not watch:
+            click.echo(json.dumps(created))
+            return
+        if not as_json:
+            from cloudagent_mcp.render import show_created
+
+            show_created(created)
+        if watch:
+            sys.exit(_watch(api, created["task_id"], as_json))
+
+
+@task.command("list")
+@click.option("--status", type=click.Choice(["queued", "running", "waiting", "completed", "failed", "cancelled"]))
+@click.option("--repository")
+@click.option("--tag")
+@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
+@click.option("--cursor", help="next_cursor of the list before.")
+@as_json
+def list_(as_json: bool, **options: Any) -> None:
+    """List tasks, newest first."""
+    with client() as api:
+        page = api.call("list_tasks", **{name: value for name, value in options.items() if value is not None})
+    _print(page, as_json, "show_list")
+
+
+@task.command()
+@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
+@as_json
+def show(task_ids: tuple[str, ...], as_json: bool) -> None:
+    """Show tasks: status, result, cost, last log lines."""
+    with client() as api:
+        tasks = [api.call("get_task", task_id=api.resolve(name)) for name in task_ids]
+    if as_json:
+        click.echo(json.dumps(tasks[0] if len(tasks) == 1 else tasks))
+        return
+    for found in tasks:
+        _print(found, False, "show_task")
+
+
+@task.command()
+@task_id
+@click.option("--after", type=click.IntRange(0), default=0, help="Show what follows this line.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many lines.")
+@click.option("--level", type=click.Choice(["debug", "info", "warning", "error"]), help="The lowest level to show.")
+@click.option("--kind", "kinds", multiple=True, help="Only this kind; may be given several times.")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the task ends.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
+def logs(
+    task_id: str, after: int, limit: int | None, level: str | None, kinds: tuple[str, ...], follow: bool, as_json: bool
+) -> None:
+    """Show a task's log."""
+    from cloudagent_mcp.render import show_line
+
+    with client() as api:
+        name = api.resolve(task_id)
+        for count, line in enumerate(log_lines(api, name, after=after, level=level, kinds=kinds, follow=follow), 1):
+            if as_json:
+                click.echo(json.dumps(line))
+            else:
+                show_line(line)
+            if count == limit:
+                return
+
+
+@task.command()
+@task_id
+@as_json
+def watch(task_id: str, as_json: bool) -> None:
+    """Watch a task to its end. Ctrl-C stops the watching, not the task."""
+    with client() as api:
+        sys.exit(_watch(api, api.resolve(task_id), as_json))
+
+
+@task.command()
+@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
+@click.option("--any", "any_", is_flag=True, help="Until one of them has ended, not all.")
+@click.option("--timeout", type=click.FloatRange(0), help="Seconds; then exit with 1.")
+@as_json
+def wait(task_ids: tuple[str, ...], any_: bool, timeout: float | None, as_json: bool) -> None:
+    """Wait until tasks have ended. Exit 0 when all that ended completed and no verdict failed."""
+    import time
+
+    with client() as api:
+        names = [api.resolve(name) for name in task_ids]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = 50.0 if deadline is None else max(0.0, min(50.0, deadline - time.monotonic()))
+            found = api.call("wait_tasks", task_ids=names, mode="any" if any_ else "all", timeout_seconds=left)
+            if found["finished"] or (deadline is not None and time.monotonic() >= deadline):
+                break
+    _print(found, as_json, "show_list")
+    ended = [task for task in found["tasks"] if task["completed_at"]]
+    sys.exit(max((exit_code(task) for task in ended), default=0) if found["finished"] else EXIT_FAILED)
+
+
+@task.command()
+@task_id
+@click.option("--path", help="Only this file, or this folder.")
+@click.option("--stat", "stat_only", is_flag=True, help="Only the list of files.")
+@as_json
+def diff(task_id: str, path: str | None, stat_only: bool, as_json: bool) -> None:
+    """Show what a task changed. In a pipe it is a patch."""
+    with client() as api:
+        found = api.call("get_task_diff", task_id=api.resolve(task_id), path=path, stat_only=stat_only)
+    _print(found, as_json, "show_diff")
+
+
+directory = click.option(
+    "--directory", type=click.Path(path_type=Path), help="The working tree. Default: where you are."
+)
+
+
+@task.command("apply")
+@task_id
+@directory
+@click.option("--dry-run", is_flag=True, help="Only say what would be written.")
+@click.option("--allow-sensitive", multiple=True, metavar="FILE", help="A file that can make a machine execute things.")
+@as_json
+def apply_(
+    task_id: str, directory: Path | None, dry_run: bool, allow_sensitive: tuple[str, ...], as_json: bool
+) -> None:
+    """Write a task's changes into a working tree: all or nothing, with a backup."""
+    with client() as api:
+        arguments = {"dry_run": dry_run, "allow_sensitive": list(allow_sensitive)}
+        done = api.apply(api.resolve(task_id), **arguments, **_directory(directory))
+    _print(done, as_json, "show_applied")
+
+
+@task.command()
+@task_id
+@directory
+@as_json
+def undo(task_id: str, directory: Path | None, as_json: bool) -> None:
+    """Take an applied result back, exactly."""
+    with client() as api:
+        done = api.apply(api.resolve(task_id), undo=True, **_directory(directory))
+    _print(done, as_json, "show_applied")
+
+
+@task.command()
+@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
+@as_json
+def cancel(task_ids: tuple[str, ...], as_json: bool) -> None:
+    """Stop tasks. What their agents did until then is saved."""
+    with client() as api:
+        tasks = [api.call("cancel_task", task_id=api.resolve(name)) for name in task_ids]
+    if as_json:
+        click.echo(json.dumps(tasks[0] if len(tasks) == 1 else tasks))
+        return
+    for found in tasks:
+        _print(found, False, "show_cancelled")
+
+
+def log_lines(
+    api: Client,
+    name: str,
+    *,
+    after: int = 0,
+    level: str | None = None,
+    kinds: tuple[str, ...] = (),
+    follow: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """A task's log lines from `after` on; with `follow` until it has ended."""
+    import time
+
+    while True:
+        # Looked at first: what is in the log after the end was seen is all that there will ever be.
+        ended = not follow or api.call("get_task", task_id=name, log_lines=0)["completed_at"] is not None
+        page = api.call("get_task_logs", task_id=name, after=after, level=level, kinds=list(kinds), limit=1000)
+        yield from page["lines"]
+        after = page["next_after"]
+        if not page["more"]:
+            if ended:
+                return
+            time.sleep(0.3)
+
+
+def exit_code(task: dict[str, Any]) -> int:
+    """0 when a task has completed and its verdict is not failed."""
+    return 0 if task["status"] == "completed" and task["verdict"] != "failed" else EXIT_FAILED
+
+
+def _watch(api: Client, name: str, as_json: bool) -> int:
+    from cloudagent_mcp.render import watch
+
+    return exit_code(watch(api, name, as_json))
+
+
+def _directory(directory: Path | None) -> dict[str, str]:
+    return {} if directory is None else {"directory": str(directory.absolute())}
+
+
+def _print(answer: dict[str, Any], as_json: bool, how: str) -> None:
+    if as_json:
+        click.echo(json.dumps(answer))
+        return
+    from cloudagent_mcp import render
+
+    show: Callable[[dict[str, Any]], None] = getattr(render, how)
+    show(answer)
+
+
+# -- the rest ---------------------------------------------------------------------------------------------------------
+
+
+@ca.command()
+@click.option("--unsafe-process", is_flag=True, help="Without a sandbox, where none can be had.")
+@click.option("--keep", is_flag=True, help="Keep the demo's folders to look at.")
+def demo(unsafe_process: bool, keep: bool) -> None:
+    """A whole task in under a minute: a failing test, an agent in a sandbox, the diff, applied, the test passes."""
+    from cloudagent_mcp.demo import demo as run_demo
+    from cloudagent_mcp.settings import Settings
+
+    sys.exit(run_demo(Settings.read(), unsafe_process=unsafe_process, keep=keep))
+
+
+@ca.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Check what a task needs, a line each, with what to do where something is missing."""
+    from cloudagent_mcp.doctor import examine
+    from cloudagent_mcp.settings import Settings
+
+    findings = list(examine(Settings.read()))
+    if as_json:
+        click.echo(json.dumps([finding.model_dump(mode="json") for finding in findings]))
+    else:
+        from cloudagent_mcp.render import show_findings
+
+        show_findings(findings)
+    sys.exit(0 if all(finding.ok for finding in findings) else EXIT_FAILED)
+
+
+@ca.command()
+def mcp() -> None:
+    """Serve MCP over standard input and output; this is what a client starts."""
+    from cloudagent_mcp.app import App
+    from cloudagent_mcp.server import mcp_server
+    from cloudagent_mcp.settings import Settings
+
+    if sys.stdin.isatty():
+        click.echo(
+            "This speaks MCP and waits for a client; add it with `claude mcp add cloudagent -- cloudagent-mcp`.",
+            err=True,
+        )
+    mcp_server(App(Settings.read()), remote=False).run("stdio")
+
+
+@ca.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8420, show_default=True, help="0 takes a free one.")
+def serve(host: str, port: int) -> None:
+    """Serve MCP at /mcp and REST at /api/v1 over HTTP."""
+    from cloudagent_mcp.app import App
+    from cloudagent_mcp.serve import serve as run_server
+    from cloudagent_mcp.settings import Settings
+
+    run_server(App(Settings.read()), host=host, port=port)
+
+
+@ca.command()
+@click.option("--concurrency", type=click.IntRange(1, 1000), help="How many tasks at once (WORKER_CONCURRENCY, or 10).")
+@click.option("--embedded", is_flag=True, hidden=True)
+def worker(concurrency: int | None, embedded: bool) -> None:
+    """Run tasks until stopped. A stop gives running tasks back; their sandboxes live on."""
+    import logging
+
+    from cloudagent_mcp.app import App
+    from cloudagent_mcp.settings import Settings
+    from cloudagent_mcp.worker import work
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    work(App(Settings.read()), embedded=embedded, concurrency=concurrency)
+
+
+@ca.group()
+def key() -> None:
+    """Keys."""
+
+
+@key.command()
+def generate() -> None:
+    """Print a fresh random key, good for ADMIN_API_KEY or ENCRYPTION_KEY."""
+    from cloudagent_storage.secrets import generate_key
+
+    click.echo(generate_key())

@@ -1,0 +1,226 @@
+"""Operations: what the product does, each written once and offered as an MCP tool, a REST route and a client call.
+
+An operation is a method marked with `@operation`. Its signature is its schema: keyword-only parameters with
+`Annotated[type, Field(description=…)]`; its docstring's first paragraph is its description.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import unicodedata
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_type_hints
+
+import anyio.to_thread
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from cloudagent_storage.errors import (
+    CloudAgentError,
+    InvalidCharacter,
+    InvalidInput,
+    InvalidUnicode,
+    MissingArgument,
+    OutOfRange,
+    UnknownArgument,
+    WrongType,
+)
+from cloudagent_storage.records import LOCAL_ACCOUNT
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, and from where."""
+
+    account_id: str = LOCAL_ACCOUNT
+    local: bool = False
+    """On this machine, as its user: folders may be named, and results written."""
+    folder: Path | None = None
+    """Where a local caller works."""
+    environment: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    """The variables from which an agent's credentials are taken."""
+    progress: Callable[[float, float, str], Awaitable[None]] | None = None
+    """Told, while a call waits, how much of its time has passed, of how much, and what happens."""
+
+
+@dataclass(frozen=True)
+class Marked:
+    """What `@operation` says of a method."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    title: str
+    read_only: bool
+    destructive: bool
+    idempotent: bool
+    open_world: bool
+    status: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation, ready to be called with arguments that nobody has checked yet."""
+
+    name: str
+    description: str
+    marked: Marked
+    arguments: type[BaseModel]
+    answer: Any
+    """The type that it returns: a record, or str for text that is meant to be read."""
+    call_checked: Callable[..., Any] = field(repr=False)
+
+    async def call(self, caller: Caller, arguments: Mapping[str, Any]) -> Any:
+        """Check the arguments and do it. Raises only errors of the error tree, for whatever is sent."""
+        checked = check_arguments(self.arguments, arguments)
+        if inspect.iscoroutinefunction(self.call_checked):
+            return await self.call_checked(caller, **checked)
+        return await anyio.to_thread.run_sync(lambda: self.call_checked(caller, **checked))
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of its arguments, without the noise that pydantic adds."""
+        return _plain_schema(self.arguments.model_json_schema())
+
+
+def operation(
+    method: Literal["GET", "POST"],
+    path: str,
+    *,
+    title: str,
+    read_only: bool = False,
+    destructive: bool = False,
+    idempotent: bool = False,
+    open_world: bool = False,
+    status: int = 200,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Mark a method as an operation. The flags are MCP's tool annotations; `status` is REST's on success."""
+    marked = Marked(method, path, title, read_only, destructive, idempotent, open_world, status)
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__operation__ = marked  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return mark
+
+
+def operations_of(*nouns: object) -> dict[str, Operation]:
+    """Every operation of these objects, by name, in the order in which they are written."""
+    return {found.name: found for noun in nouns for found in _find(noun)}
+
+
+def marks_of(*kinds: type) -> dict[str, Marked]:
+    """How each operation of these classes is reached, by name."""
+    found = {name: getattr(function, "__operation__", None) for kind in kinds for name, function in vars(kind).items()}
+    return {name: marked for name, marked in found.items() if isinstance(marked, Marked)}
+
+
+def _find(noun: object) -> Iterator[Operation]:
+    for name, function in vars(type(noun)).items():
+        marked = getattr(function, "__operation__", None)
+        if not isinstance(marked, Marked):
+            continue
+        hints = get_type_hints(function, include_extras=True)
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        fields: dict[str, Any] = {
+            p.name: (hints[p.name], Field(...) if p.default is p.empty else Field(default=p.default))
+            for p in parameters
+        }
+        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+        arguments = create_model(name, __config__=config, **fields)
+        description = (inspect.getdoc(function) or "").partition("\n\n")[0].replace("\n", " ")
+        yield Operation(name, description, marked, arguments, hints["return"], getattr(noun, name))
+
+
+def check_arguments(model: type[BaseModel], arguments: object) -> dict[str, Any]:
+    """The arguments, checked. Raises an `InvalidInput` that names the field and its limit, and never the value."""
+    if not isinstance(arguments, Mapping):
+        raise WrongType("The arguments are not an object with names and values.")
+    given = cast("Mapping[str, Any]", arguments)
+    for name in given:
+        if name not in model.model_fields:
+            near = difflib.get_close_matches(str(name), model.model_fields, n=1)
+            known = ", ".join(model.model_fields)
+            raise UnknownArgument(
+                remedy=f"Did you mean {near[0]}?" if near else f"The arguments are: {known}.",
+                field=_shown(str(name)),
+            )
+    for name, value in given.items():
+        check_text(name, value)
+    try:
+        checked = model.model_validate(given)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    return {name: getattr(checked, name) for name in model.model_fields}
+
+
+def check_text(field_name: str, value: object) -> None:
+    """No text anywhere in `value` holds a NUL or half a surrogate pair: databases and programs choke on them."""
+    if isinstance(value, str):
+        if (position := value.find("\0")) >= 0:
+            raise InvalidCharacter(f"The text holds a NUL character at position {position}.", field=field_name)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidUnicode(field=field_name) from None
+    elif isinstance(value, Mapping):
+        for key, item in cast("Mapping[Any, Any]", value).items():
+            check_text(field_name, key)
+            check_text(field_name, item)
+    elif isinstance(value, list | tuple):
+        for item in cast("list[Any]", value):
+            check_text(field_name, item)
+
+
+def _refusal(error: ValidationError) -> CloudAgentError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = ".".join(str(part) for part in first["loc"][:1])
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "missing":
+        return MissingArgument(f"The argument {name} is missing.", field=name)
+    bounds = {
+        "greater_than_equal": ("at least", "ge"),
+        "greater_than": ("more than", "gt"),
+        "less_than_equal": ("at most", "le"),
+        "less_than": ("less than", "lt"),
+        "string_too_short": ("at least this many characters:", "min_length"),
+        "string_too_long": ("at most this many characters:", "max_length"),
+        "too_short": ("at least this many items:", "min_length"),
+        "too_long": ("at most this many items:", "max_length"),
+    }
+    if kind in bounds:
+        words, key = bounds[kind]
+        return OutOfRange(f"{name} must be {words} {context[key]}.", field=name)
+    if kind == "literal_error":
+        return OutOfRange(f"{name} must be one of {context['expected']}.", field=name)
+    if kind == "finite_number":
+        return OutOfRange(f"{name} must be a finite number.", field=name)
+    if kind == "string_pattern_mismatch":
+        return InvalidInput(f"{name} has the wrong form.", field=name)
+    wanted = kind.partition("_")[0]
+    words = {"int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "list": "a list"}
+    return WrongType(f"{name} must be {words.get(wanted, 'of another type')}.", field=name)
+
+
+def _shown(name: str) -> str:
+    """An unknown argument's name, as far as it can be shown safely."""
+    return "".join(c if unicodedata.category(c)[0] in "LN" or c in "_-" else "?" for c in name[:40])
+
+
+def _plain_schema(schema: Any) -> Any:
+    """Without `title`s, and with `X or null` written as plain X: a model needs neither, and pays for both."""
+    if isinstance(schema, list):
+        return [_plain_schema(item) for item in cast("list[Any]", schema)]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {k: v for k, v in cast("dict[str, Any]", schema).items() if not (k == "title" and isinstance(v, str))}
+    options = cast("list[Any]", plain.get("anyOf", []))
+    kept = [option for option in options if option != {"type": "null"}]
+    if len(kept) == 1:
+        del plain["anyOf"]
+        plain = {**kept[0], **plain}
+        if plain.get("default", ...) is None:
+            del plain["default"]
+    plain = {k: _plain_schema(v) for k, v in plain.items()}
+    return plain

@@ -1,0 +1,491 @@
+"""What can be done with tasks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import anyio
+import anyio.to_thread
+from pydantic import Field
+
+from cloudagent_mcp import apply
+from cloudagent_mcp.operations import Caller, operation
+from cloudagent_mcp.operations.diffs import Diff, parse_diff
+from cloudagent_queue import repository
+from cloudagent_queue.agents import open_agent
+from cloudagent_storage.errors import (
+    InvalidInput,
+    NoChanges,
+    NotReady,
+    OutOfRange,
+    PromptEmpty,
+    PromptTooLong,
+    RepositoryNotFound,
+    TargetNotAllowed,
+    UnknownProvider,
+)
+from cloudagent_storage.records import (
+    EventDraft,
+    EventKind,
+    Level,
+    LogPage,
+    Record,
+    Task,
+    TaskPage,
+    TaskSpec,
+    TaskStatus,
+    new_id,
+)
+from cloudagent_storage.secrets import Keyring
+from cloudagent_storage.store import Store
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PROMPT_MAX = 100_000
+WAIT_MAX_S = 50
+"""Clients give up on a silent call after about a minute."""
+POLL_S = 0.1
+POLL_SLOWEST_S = 0.5
+PROGRESS_EVERY_S = 2.0
+
+TaskId = Annotated[str, Field(description="The task's id, task_…", max_length=200)]
+Limit = Annotated[int, Field(ge=1, le=100)]
+
+
+class TaskDetail(Task):
+    """A task with the last lines of its log."""
+
+    log: tuple[str, ...] = ()
+
+
+class TaskList(Record):
+    """Several tasks, in the order in which they were named."""
+
+    tasks: tuple[Task, ...]
+    finished: bool
+    """Is what was waited for the case?"""
+
+
+class Cancelled(Task):
+    """A task after a cancel."""
+
+    changed: bool
+    """False when it had ended, or a cancel was under way, before."""
+
+
+class Applied(Record):
+    """What `apply_task` did, or would do, or how to do it where the working tree is."""
+
+    task_id: str
+    outcome: Literal["applied", "would_apply", "undone", "instructions"]
+    files: tuple[apply.AppliedFile, ...] = ()
+    backup_ref: str | None = None
+    branch: str | None = None
+    base_sha: str | None = None
+    message: str
+    command: str | None = None
+    """The line to type where the working tree is."""
+
+
+class Tasks:
+    """Submit, watch, cancel tasks, and bring their results home."""
+
+    def __init__(
+        self,
+        store: Store,
+        keyring: Callable[[], Keyring],
+        *,
+        providers: Sequence[str],
+        state_folder: Path,
+        ring: Callable[[str], None],
+    ) -> None:
+        """`ring` sees to it that a worker takes the task; it is called after the commit and raises nothing."""
+        self._store = store
+        self._keyring = keyring
+        self._providers = providers
+        self._state_folder = state_folder
+        self._ring = ring
+
+    @operation("POST", "/tasks", title="Submit a task", open_world=True, status=202)
+    def submit_task(
+        self,
+        caller: Caller,
+        *,
+        prompt: Annotated[
+            str, Field(description="What the agent should do, in plain words. It sees nothing else of this talk.")
+        ],
+        repository: Annotated[
+            str | None,
+            Field(
+                description="https, ssh or git@ address, a local folder, or none. Default: the repository you are in."
+            ),
+        ] = None,
+        base_ref: Annotated[
+            str | None,
+            Field(
+                description="Branch, tag or commit to start from. Default: your working tree as it is."
+            ),
+        ] = None,
+        title: Annotated[
+            str | None, Field(max_length=200, description="A short name. Default: the prompt's first line.")
+        ] = None,
+        model: Annotated[str | None, Field(min_length=1, max_length=100, description="Model for the agent.")] = None,
+        verify: Annotated[
+            str | None,
+            Field(
+                max_length=10_000,
+                description="Shell command that passes if the result is right; run in a clean checkout.",
+            ),
+        ] = None,
+        setup: Annotated[
+            str | None,
+            Field(max_length=10_000, description="Shell command that is run in the repository before the agent."),
+        ] = None,
+        timeout_minutes: Annotated[float, Field(gt=0, le=1440, description="How long the agent may run.")] = 60.0,
+        max_turns: Annotated[int | None, Field(ge=1, le=10_000, description="How many turns it may take.")] = None,
+        max_budget_usd: Annotated[float | None, Field(gt=0, le=10_000, description="What it may spend.")] = None,
+        provider: Annotated[str | None, Field(max_length=100, description="Where its sandbox comes from.")] = None,
+        tags: Annotated[list[str], Field(max_length=20, description="Words to find it by.")] = [],  # noqa: B006
+    ) -> Task:
+        """Hand a coding task to a remote agent that works alone in a sandbox on a copy of a repository.
+        Answers at once with a task_id; the task goes on whatever becomes of this call. Then wait with get_task.
+
+        Raises every error under InvalidInput, CredentialMissing and DatabaseUnavailable; nothing is kept then.
+        """
+        if not prompt.strip():
+            raise PromptEmpty()
+        if len(prompt) > PROMPT_MAX:
+            raise PromptTooLong(f"The prompt has {len(prompt)} characters; the limit is {PROMPT_MAX}.")
+        if any(not tag.strip() or len(tag) > 100 for tag in tags):
+            raise OutOfRange("A tag has 1 to 100 characters.", field="tags")
+        if provider is not None and provider not in self._providers:
+            raise UnknownProvider(remedy=f"Choose one of: {', '.join(self._providers)}.")
+        agent = open_agent("claude")
+        environment = {name: caller.environment[name] for name in agent.environment if caller.environment.get(name)}
+        agent.check_credential(environment)
+        source = _Source.find(caller, repository, base_ref)
+
+        task_id = new_id("task")
+        spec = TaskSpec(
+            prompt=prompt,
+            title=(title or prompt.strip().splitlines()[0][:80]).strip() or "Untitled",
+            repository=source.repository,
+            base_ref=base_ref,
+            model=model,
+            verify=verify,
+            setup=setup,
+            timeout_minutes=timeout_minutes,
+            max_turns=max_turns,
+            max_budget_usd=max_budget_usd,
+            provider=provider or self._providers[0],
+            tags=tuple(tags),
+        )
+        task = self._store.tasks.add(
+            caller.account_id,
+            spec,
+            task_id=task_id,
+            base_sha=source.base_sha,
+            credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
+            blobs={"input": source.bundle} if source.bundle is not None else {},
+            lines=[EventDraft(kind="status", message="Queued."), *source.warnings],
+        )
+        self._ring(task_id)
+        return advise(task)
+
+    @operation("GET", "/tasks/{task_id}", title="Look at a task", read_only=True, idempotent=True)
+    async def get_task(
+        self,
+        caller: Caller,
+        *,
+        task_id: TaskId,
+        wait_seconds: Annotated[
+            float,
+            Field(ge=0, le=WAIT_MAX_S, description="Wait this long for its status to change; 50 saves you polling."),
+        ] = 0,
+        log_lines: Annotated[int, Field(ge=0, le=50, description="How many of the last lines of its log to show.")] = 5,
+    ) -> TaskDetail:
+        """One task: status, phase, verdict, result, cost, last log lines, and what to do next."""
+        task = await self._in_thread(self._store.tasks.get, caller.account_id, task_id)
+        if wait_seconds and not task.status.terminal:
+            before = task.status
+            await self._wait(caller, [task_id], lambda tasks: tasks[0].status is not before, wait_seconds)
+            task = await self._in_thread(self._store.tasks.get, caller.account_id, task_id)
+        lines: tuple[str, ...] = ()
+        if log_lines:
+            page = await self._in_thread(self._store.events.tail, caller.account_id, task_id, log_lines)
+            lines = tuple(f"{line.kind}: {' '.join(line.message.split())[:300]}" for line in page.lines)
+        return TaskDetail.model_validate({**dict(advise(task)), "log": lines})
+
+    @operation("POST", "/tasks/wait", title="Wait for tasks", read_only=True, idempotent=True)
+    async def wait_tasks(
+        self,
+        caller: Caller,
+        *,
+        task_ids: Annotated[list[str], Field(min_length=1, max_length=50, description="The tasks' ids.")],
+        mode: Annotated[Literal["any", "all"], Field(description="Until any of them, or all, have ended.")] = "all",
+        timeout_seconds: Annotated[float, Field(ge=0, le=WAIT_MAX_S)] = WAIT_MAX_S,
+    ) -> TaskList:
+        """Wait until any or all of several tasks have ended, or time is up; call again while `finished` is false."""
+        enough = any if mode == "any" else all
+        tasks = await self._wait(
+            caller, task_ids, lambda found: enough(task.status.terminal for task in found), timeout_seconds
+        )
+        return TaskList(tasks=tuple(map(advise, tasks)), finished=enough(task.status.terminal for task in tasks))
+
+    @operation("GET", "/tasks", title="List tasks", read_only=True, idempotent=True)
+    def list_tasks(
+        self,
+        caller: Caller,
+        *,
+        status: Literal["queued", "running", "waiting", "completed", "failed", "cancelled"] | None = None,
+        repository: Annotated[str | None, Field(max_length=2000)] = None,
+        tag: Annotated[str | None, Field(max_length=100)] = None,
+        limit: Limit = 20,
+        cursor: Annotated[str | None, Field(max_length=500, description="next_cursor of the list before.")] = None,
+        offset: Annotated[int, Field(ge=0, le=1_000_000)] = 0,
+    ) -> TaskPage:
+        """Your tasks, newest first."""
+        page = self._store.tasks.list(
+            caller.account_id,
+            status=None if status is None else TaskStatus(status),
+            repository=repository,
+            tag=tag,
+            limit=limit,
+            cursor=cursor,
+            offset=offset,
+        )
+        return page.model_copy(update={"tasks": tuple(map(advise, page.tasks))})
+
+    @operation("POST", "/tasks/{task_id}/cancel", title="Cancel a task", destructive=True, idempotent=True)
+    def cancel_task(self, caller: Caller, *, task_id: TaskId) -> Cancelled:
+        """Stop a task. What the agent did until then is saved; cancelling twice, or after the end, changes nothing."""
+        task, changed = self._store.tasks.request_cancel(caller.account_id, task_id)
+        return Cancelled.model_validate({**dict(advise(task)), "changed": changed})
+
+    @operation("GET", "/tasks/{task_id}/logs", title="Read a task's log", read_only=True, idempotent=True)
+    def get_task_logs(
+        self,
+        caller: Caller,
+        *,
+        task_id: TaskId,
+        after: Annotated[
+            int, Field(ge=0, le=2**53, description="Show what follows this line: next_after of the page before.")
+        ] = 0,
+        limit: Annotated[int, Field(ge=1, le=1000)] = 100,
+        level: Annotated[
+            Literal["debug", "info", "warning", "error"] | None, Field(description="The lowest to show.")
+        ] = None,
+        kinds: Annotated[list[EventKind], Field(max_length=11, description="Only these kinds.")] = [],  # noqa: B006
+        raw: Annotated[bool, Field(description="With the agent's own messages; only in REST.")] = False,
+    ) -> LogPage:
+        """What happened in a task, line by line: what the agent said, did and saw."""
+        return self._store.events.list(
+            caller.account_id,
+            task_id,
+            after=after,
+            limit=limit,
+            level=None if level is None else Level(level),
+            kinds=tuple(kinds),
+            raw=raw,
+        )
+
+    @operation("GET", "/tasks/{task_id}/diff", title="Read a task's diff", read_only=True, idempotent=True)
+    def get_task_diff(
+        self,
+        caller: Caller,
+        *,
+        task_id: TaskId,
+        path: Annotated[str | None, Field(max_length=4096, description="Only this file, or this folder.")] = None,
+        stat_only: Annotated[bool, Field(description="Only the list of files.")] = False,
+    ) -> Diff:
+        """What a task changed, as a unified diff with its list of files. Also of a failed or cancelled task."""
+        task = self._store.tasks.get(caller.account_id, task_id)
+        text = self._store.blobs.get(caller.account_id, task_id, "diff")
+        if text is None:
+            if not task.status.terminal:
+                raise NotReady()
+            raise NoChanges()
+        return parse_diff(task, text.decode("utf-8", "replace"), path=path, stat_only=stat_only)
+
+    @operation("POST", "/tasks/{task_id}/apply", title="Apply a task's result", destructive=True, idempotent=True)
+    def apply_task(
+        self,
+        caller: Caller,
+        *,
+        task_id: TaskId,
+        directory: Annotated[
+            str | None, Field(max_length=4096, description="The working tree. Default: where you are.")
+        ] = None,
+        dry_run: Annotated[bool, Field(description="Only say what would be written.")] = False,
+        allow_sensitive: Annotated[
+            list[str],
+            Field(
+                max_length=2000, description="Files that can make a machine execute things, each named by your user."
+            ),
+        ] = [],  # noqa: B006
+        undo: Annotated[bool, Field(description="Take an applied result back, exactly.")] = False,
+    ) -> Applied:
+        """Write a task's changes into a working tree: all or nothing, never over changes of your own, with a backup.
+        Where files changed on both sides nothing is written and they are named.
+        """
+        task = self._store.tasks.get(caller.account_id, task_id)
+        if not caller.local:
+            return self._instructions(task)
+        folder = (caller.folder or Path.cwd()) / directory if directory else caller.folder
+        if folder is None:
+            raise TargetNotAllowed()
+        if undo:
+            outcome = apply.undo(folder, task_id=task_id, state_folder=self._state_folder)
+        else:
+            outcome = apply.apply(
+                folder,
+                task_id=task_id,
+                branch=task.branch,
+                base_sha=self._base_of(task),
+                input_bundle=self._store.blobs.get(caller.account_id, task_id, "input"),
+                result_bundle=self._result_of(caller, task),
+                state_folder=self._state_folder,
+                dry_run=dry_run,
+                allow_sensitive=allow_sensitive,
+            )
+        return Applied(
+            task_id=task_id,
+            outcome=outcome.outcome,
+            files=outcome.files,
+            backup_ref=outcome.backup_ref,
+            branch=outcome.branch,
+            base_sha=task.base_sha,
+            message=outcome.message,
+        )
+
+    def bundle(self, caller: Caller, task_id: str, kind: Literal["input", "result"]) -> bytes | None:
+        """A task's git bundle, for a client that applies it elsewhere. None where `input` has none."""
+        task = self._store.tasks.get(caller.account_id, task_id)
+        if kind == "result":
+            return self._result_of(caller, task)
+        return self._store.blobs.get(caller.account_id, task_id, "input")
+
+    # -- shared ---------------------------------------------------------------------------------------------------
+
+    def _result_of(self, caller: Caller, task: Task) -> bytes:
+        bundle = self._store.blobs.get(caller.account_id, task.task_id, "result")
+        if bundle is not None:
+            return bundle
+        if not task.status.terminal:
+            raise NotReady()
+        raise NoChanges()
+
+    def _base_of(self, task: Task) -> str:
+        if task.base_sha is None:
+            raise NoChanges() if task.status.terminal else NotReady()
+        return task.base_sha
+
+    def _instructions(self, task: Task) -> Applied:
+        if not task.status.terminal:
+            raise NotReady()
+        return Applied(
+            task_id=task.task_id,
+            outcome="instructions",
+            branch=task.branch,
+            base_sha=task.base_sha,
+            message="Nothing was written: this server cannot reach your working tree. Type the command there.",
+            command=f"ca task apply {task.task_id}",
+        )
+
+    async def _wait(
+        self, caller: Caller, task_ids: Sequence[str], enough: Callable[[list[Task]], bool], timeout_s: float
+    ) -> list[Task]:
+        """Look again until it is enough or the time is up. Between two looks it holds no thread and no connection."""
+
+        def look() -> list[Task]:
+            return [self._store.tasks.get(caller.account_id, task_id) for task_id in task_ids]
+
+        started = time.monotonic()
+        told, pause = started, POLL_S
+        while True:
+            tasks = await self._in_thread(look)
+            now = time.monotonic()
+            if enough(tasks) or now - started >= timeout_s:
+                return tasks
+            if caller.progress is not None and now - told >= PROGRESS_EVERY_S:
+                told = now
+                await caller.progress(now - started, timeout_s, "; ".join(_progress(task) for task in tasks[:5]))
+            await anyio.sleep(min(pause, timeout_s - (now - started)))
+            pause = min(pause * 1.2, POLL_SLOWEST_S)
+
+    @staticmethod
+    def _in_thread(function: Callable[..., T], *arguments: object) -> Awaitable[T]:
+        return anyio.to_thread.run_sync(lambda: function(*arguments))
+
+
+def _progress(task: Task) -> str:
+    return f"{task.title[:60]}: {task.status}" + (f", {task.phase}" if task.phase else "")
+
+
+def advise(task: Task) -> Task:
+    """The task with what to do next, and when to look again."""
+    match task.status:
+        case TaskStatus.QUEUED | TaskStatus.RUNNING:
+            step, pause = f"Wait with get_task(task_id={task.task_id!r}, wait_seconds=50).", 5.0
+        case TaskStatus.WAITING:
+            step, pause = "The agent asked a question; answer it with send_message.", 5.0
+        case TaskStatus.COMPLETED if task.result is None or not _changed(task):
+            step, pause = "No file was changed; the agent's answer is in result.summary.", None
+        case TaskStatus.COMPLETED:
+            warning = "The verify command failed. " if task.verdict == "failed" else ""
+            step, pause = f"{warning}Look at get_task_diff, then apply_task.", None
+        case _:
+            saved = " What it had done is in get_task_diff." if _changed(task) else ""
+            remedy = task.error.remedy if task.error else ""
+            step, pause = f"{remedy} Read get_task_logs.{saved}".strip(), None
+    return task.model_copy(update={"next_action": step, "poll_after_seconds": pause})
+
+
+def _changed(task: Task) -> bool:
+    return bool(task.result and task.result.artifacts and task.result.artifacts.files_changed)
+
+
+class _Source:
+    """Where a task's files come from."""
+
+    def __init__(
+        self, name: str, bundle: bytes | None = None, base_sha: str | None = None, left_out: Sequence[str] = ()
+    ):
+        self.repository = name
+        self.bundle = bundle
+        self.base_sha = base_sha
+        self.warnings = [
+            EventDraft(kind="status", level=Level.WARNING, message=f"Left out, since it looks like a secret: {path}")
+            for path in left_out
+        ]
+
+    @classmethod
+    def find(cls, caller: Caller, name: str | None, base_ref: str | None) -> _Source:
+        if base_ref is not None:
+            repository.check_ref(base_ref)
+        if name is None:
+            if not caller.local or caller.folder is None:
+                return cls("none")
+            try:
+                return cls._folder(caller.folder, base_ref)
+            except RepositoryNotFound:
+                return cls("none")
+        address = repository.check_address(name, local_paths_allowed=caller.local)
+        if address == "none":
+            if base_ref is not None:
+                raise InvalidInput("There is no ref to start from without a repository.", field="base_ref")
+            return cls("none")
+        if repository.is_remote(address):
+            return cls(address)
+        return cls._folder((caller.folder or Path.cwd()) / Path(address).expanduser(), base_ref)
+
+    @classmethod
+    def _folder(cls, folder: Path, base_ref: str | None) -> _Source:
+        tree = repository.bundle_working_tree(folder, base_ref=base_ref)
+        return cls(str(tree.top), tree.bundle, tree.base_sha, tree.left_out)

@@ -1,0 +1,200 @@
+"""How `ca` shows things to people: colours and tables on a terminal, plain text in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.spinner import Spinner
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from cloudagent_mcp.untrusted import clean, cut
+
+if TYPE_CHECKING:
+    from cloudagent_mcp.client import Client
+    from cloudagent_mcp.doctor import Finding
+
+console = Console(highlight=False, soft_wrap=True)
+
+STATUS_STYLES = {"completed": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "waiting": "magenta"}
+VERDICT_STYLES = {"passed": "green", "failed": "red", "unverified": "dim"}
+KIND_STYLES = {"text": "", "thinking": "dim italic", "tool_use": "cyan", "tool_result": "dim", "error": "red"}
+LEVEL_STYLES = {"warning": "yellow", "error": "red"}
+LINE_MAX = 2000
+
+
+def show_created(task: dict[str, Any]) -> None:
+    console.print(f"[bold]{_short(task)}[/] queued: {_safe(task['title'])}")
+    console.print(f"[dim]Watch it with[/] ca task watch {_short(task)}")
+
+
+def show_list(page: dict[str, Any]) -> None:
+    """Tasks in a table; in a pipe, tabs between the columns."""
+    tasks = page["tasks"]
+    if not console.is_terminal:
+        for task in tasks:
+            columns = (task["task_id"], task["status"], task["verdict"] or "", task["created_at"], task["title"])
+            print("\t".join(clean(column).replace("\t", " ").replace("\n", " ") for column in columns))
+        return
+    if not tasks:
+        console.print('No tasks. [dim]Submit one with[/] ca task create "…"')
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("task", "status", "verdict", "created", "title"):
+        table.add_column(column, no_wrap=column != "title")
+    for task in tasks:
+        table.add_row(
+            Text(_short(task), "bold"),
+            _status(task),
+            _verdict(task),
+            task["created_at"][:16].replace("T", " "),
+            Text(clean(task["title"])),
+        )
+    console.print(table)
+    if page.get("next_cursor"):
+        console.print(f"[dim]{page['total']} in all; more with[/] --cursor {page['next_cursor']}")
+
+
+def show_task(task: dict[str, Any]) -> None:
+    """One task, its result and its last log lines."""
+    head = Text.assemble((task["task_id"], "bold"), "  ", _status(task))
+    if task["phase"]:
+        head.append(f" ({task['phase']})")
+    if task["verdict"]:
+        head.append("  verdict ")
+        head.append_text(_verdict(task))
+    console.print(head)
+    result, usage = task["result"] or {}, task["usage"]
+    artifacts = result.get("artifacts") or {}
+    rows = {
+        "title": task["title"],
+        "repository": task["repository"],
+        "base": (task["base_sha"] or "")[:12],
+        "branch": task["branch"],
+        "model": task["model"],
+        "changes": _changes(artifacts) if artifacts else None,
+        "cost": f"${usage['cost_usd']:.4f}, {usage['turns']} turns" if usage["turns"] else None,
+        "error": f"{task['error']['code']}: {task['error']['message']}" if task["error"] else None,
+        "summary": cut(result.get("summary"), LINE_MAX),
+    }
+    for name, value in rows.items():
+        if value:
+            console.print(f"  [dim]{name:<10}[/] {_safe(str(value))}")
+    for line in task.get("log") or ():
+        console.print(f"  [dim]{_safe(line)}[/]")
+    if task["next_action"]:
+        console.print(f"[dim]Next:[/] {_safe(task['next_action'])}")
+
+
+def show_cancelled(task: dict[str, Any]) -> None:
+    if task["changed"]:
+        word = "cancelled" if task["completed_at"] else "is being cancelled; what was done is saved"
+    else:
+        word = f"had nothing to cancel: it is {task['status']}"
+    console.print(f"{_short(task)} {word}")
+
+
+def show_line(line: dict[str, Any]) -> None:
+    """One line of a log."""
+    console.print(_line(line))
+
+
+def show_diff(diff: dict[str, Any]) -> None:
+    """A diff, coloured on a terminal; a patch, to the byte, in a pipe."""
+    if not console.is_terminal:
+        if diff["diff"]:
+            sys.stdout.write(diff["diff"])
+        else:
+            for file in diff["files"]:
+                print(f"{file['change']}\t{file['insertions']}\t{file['deletions']}\t{clean(file['path'])}")
+        return
+    for file in diff["files"]:
+        counts = "binary" if file["binary"] else f"[green]+{file['insertions']}[/] [red]-{file['deletions']}[/]"
+        console.print(f"{file['change']:<9}{_safe(file['path'])} {counts}")
+    if diff["diff"]:
+        console.print(Syntax(clean(diff["diff"]), "diff", background_color="default", word_wrap=True))
+
+
+def show_applied(done: dict[str, Any]) -> None:
+    for file in done["files"]:
+        mark = " [yellow](can make a machine execute things)[/]" if file["sensitive"] else ""
+        console.print(f"  {file['change']:<9}{_safe(file['path'])}{mark}")
+    console.print(_safe(done["message"]))
+    if done.get("backup_ref"):
+        console.print(f"[dim]Backup:[/] {done['backup_ref']}")
+
+
+def show_findings(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        mark = "[green]ok[/]  " if finding.ok else "[red]FAIL[/]"
+        console.print(f"{mark} {finding.name:<14} {_safe(finding.message)}")
+        if finding.remedy:
+            console.print(f"     {'':<14} [yellow]{_safe(finding.remedy)}[/]")
+
+
+def watch(api: Client, name: str, as_json: bool) -> dict[str, Any]:
+    """Show a task's log while it happens; the task at its end."""
+    from cloudagent_mcp.cli import log_lines
+
+    if as_json:
+        while not (task := api.call("get_task", task_id=name, wait_seconds=50))["completed_at"]:
+            pass
+        print(_json(task))
+        return task
+    spinner = Spinner("dots", text=Text("queued", "dim"))
+    with Live(spinner, console=console, transient=True, refresh_per_second=8) if console.is_terminal else _Quiet():
+        for line in log_lines(api, name, follow=True):
+            show_line(line)
+            spinner.update(text=Text(cut(" ".join(clean(line["message"]).split()), 60) or "", "dim"))
+    task = api.call("get_task", task_id=name, log_lines=0)
+    show_task(task)
+    return task
+
+
+class _Quiet:
+    """In place of a live display, in a pipe."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _line(line: dict[str, Any]) -> Text:
+    style = LEVEL_STYLES.get(line["level"]) or KIND_STYLES.get(line["kind"], "dim")
+    message = cut(clean(line["message"]), LINE_MAX) or ""
+    text = Text.assemble((f"{line['timestamp'][11:19]} ", "dim"), (f"{line['kind']:<12}", style or "bold"))
+    text.append(message.replace("\n", "\n" + " " * 21), style)
+    return text
+
+
+def _status(task: dict[str, Any]) -> Text:
+    return Text(task["status"], STATUS_STYLES.get(task["status"], ""))
+
+
+def _verdict(task: dict[str, Any]) -> Text:
+    return Text(task["verdict"] or "", VERDICT_STYLES.get(task["verdict"] or "", ""))
+
+
+def _changes(artifacts: dict[str, Any]) -> str:
+    files = artifacts["files_changed"]
+    return f"{files} {'file' if files == 1 else 'files'}, +{artifacts['insertions']} -{artifacts['deletions']}"
+
+
+def _short(task: dict[str, Any]) -> str:
+    return task["task_id"].partition("_")[2][:8]
+
+
+def _safe(text: str) -> str:
+    return escape(clean(text))
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value)

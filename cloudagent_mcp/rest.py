@@ -1,0 +1,151 @@
+"""The operations as REST routes under /api/v1: derived, never written twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from cloudagent_mcp.operations import Caller, Operation
+from cloudagent_storage.errors import (
+    CloudAgentError,
+    CredentialMissing,
+    Internal,
+    InvalidInput,
+    InvalidJson,
+    NotFound,
+    NotNow,
+    OutOfRange,
+    Unauthorized,
+    Unavailable,
+    WrongType,
+)
+from cloudagent_storage.records import Record
+
+log = logging.getLogger(__name__)
+
+BODY_MAX = 4 * 1024 * 1024
+STATUS: tuple[tuple[type[CloudAgentError], int], ...] = (
+    (Unauthorized, 401),
+    (NotFound, 404),
+    (NotNow, 409),
+    (CredentialMissing, 422),
+    (InvalidInput, 422),
+    (Unavailable, 503),
+)
+ALIASES = {"repository_url": "repository"}
+"""Names that REST also takes."""
+
+
+def make_routes(
+    operations: Iterable[Operation],
+    caller: Callable[[Request], Caller],
+    bundle: Callable[[Caller, str, Any], bytes | None],
+) -> list[BaseRoute]:
+    """A route for every operation, and the downloads of a task's bundles. `caller` authenticates, or raises."""
+    return [_route(operation, caller) for operation in operations] + [_bundle_route(caller, bundle)]
+
+
+def _route(operation: Operation, caller: Callable[[Request], Caller]) -> Route:
+    async def endpoint(request: Request) -> Response:
+        try:
+            who = caller(request)
+            arguments = await (_query(request, operation) if request.method == "GET" else _body(request))
+            arguments |= request.path_params
+            answer = await operation.call(who, arguments)
+        except CloudAgentError as error:
+            return problem(error)
+        except Exception:
+            log.exception("%s failed in a way that nobody foresaw", operation.name)
+            return problem(Internal())
+        return _json_response(answer, status=operation.marked.status)
+
+    return Route(operation.marked.path, endpoint, methods=[operation.marked.method], name=operation.name)
+
+
+def _bundle_route(caller: Callable[[Request], Caller], bundle: Callable[[Caller, str, Any], bytes | None]) -> Route:
+    def endpoint(request: Request) -> Response:
+        try:
+            who = caller(request)
+            kind = request.query_params.get("kind", "result")
+            if kind not in ("input", "result"):
+                raise OutOfRange("kind must be input or result.", field="kind")
+            data = bundle(who, request.path_params["task_id"], kind)
+        except CloudAgentError as error:
+            return problem(error)
+        if data is None:
+            return Response(status_code=204)
+        return Response(data, media_type="application/x-git-bundle")
+
+    return Route("/tasks/{task_id}/bundle", endpoint, methods=["GET"], name="get_task_bundle")
+
+
+async def _query(request: Request, operation: Operation) -> dict[str, Any]:
+    """The query's texts as the types that the operation wants; what cannot be read stays text and is refused there."""
+    arguments: dict[str, Any] = {}
+    for name in request.query_params:
+        field = operation.arguments.model_fields.get(ALIASES.get(name, name))
+        values = request.query_params.getlist(name)
+        if field is None:
+            arguments[name] = values[-1]
+            continue
+        adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)
+        try:
+            arguments[ALIASES.get(name, name)] = adapter.validate_strings(values[-1])
+        except ValidationError:
+            is_list = str(field.annotation).startswith("list")
+            arguments[ALIASES.get(name, name)] = (
+                [v for value in values for v in value.split(",")] if is_list else values[-1]
+            )
+    return arguments
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_MAX:
+            raise OutOfRange(f"The body is larger than {BODY_MAX} bytes.")
+    if not body:
+        return {}
+    try:
+        found = json.loads(body, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise InvalidJson() from None
+    if not isinstance(found, dict):
+        raise WrongType("The body is not a JSON object.")
+    return {ALIASES.get(name, name): value for name, value in found.items()}  # pyright: ignore[reportUnknownVariableType]
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("duplicate name")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)
+
+
+def problem(error: CloudAgentError) -> JSONResponse:
+    """An error as problem details (RFC 9457), with our code, remedy and field."""
+    status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse(
+        {"title": error.code, "status": status, **error.as_dict()},
+        status_code=status,
+        headers=headers,
+        media_type="application/problem+json",
+    )
+
+
+def _json_response(answer: Any, *, status: int) -> Response:
+    text = answer.model_dump_json() if isinstance(answer, Record) else json.dumps(answer)
+    return Response(text, status_code=status, media_type="application/json")

@@ -1,0 +1,98 @@
+"""The only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from cloudagent_storage.errors import InvalidInput
+from cloudagent_storage.secrets import Keyring
+
+
+class Settings(BaseModel):
+    """What the environment says, each variable under its own name in lower case. See `.env.example`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    cloudagent_home: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("cloudagent")))
+    """The data folder: database, queue, sandboxes, keys."""
+    database_url: SecretStr | None = None
+    """postgresql://… or sqlite:///FILE; a SQLite file in the data folder where unset."""
+    queue_url: SecretStr | None = None
+    redis_url: SecretStr | None = None
+    """redis://…, or sqlite:///FILE for `queue_url`; a file in the data folder where both are unset."""
+    sandbox_provider: str = "local"
+    admin_api_key: SecretStr | None = None
+    encryption_key: SecretStr | None = None
+    """Seals credentials at rest; separated by commas, newest first. A key file in the data folder where it is unset."""
+    public_url: str | None = None
+    """Where people reach a server that is bound beyond loopback."""
+    worker_concurrency: int = Field(default=10, ge=1, le=1000)
+    cloudagent_url: str | None = None
+    cloudagent_api_key: SecretStr | None = None
+    """Where `ca` finds its server; unset, it works in this very process."""
+
+    environment: Mapping[str, str] = Field(default_factory=dict, repr=False, exclude=True)
+    """All of it, for the variables that an agent or git may see. Nobody else looks at it."""
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """Read the process's environment, or the one given. Raises `InvalidInput` that names the variable."""
+        env = dict(os.environ if environment is None else environment)
+        named = {name: env[name.upper()] for name in cls.model_fields if env.get(name.upper())}
+        try:
+            return cls.model_validate({**named, "environment": env})
+        except ValidationError as error:
+            variable = str(error.errors()[0]["loc"][0]).upper()
+            raise InvalidInput(
+                f"The environment variable {variable} has a value that cannot be used.",
+                remedy="Correct it; `.env.example` describes every variable.",
+                field=variable,
+            ) from None
+
+    @property
+    def store_url(self) -> str:
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.cloudagent_home.absolute() / 'cloudagent.db'}"
+
+    @property
+    def task_queue_url(self) -> str:
+        if (url := self.queue_url or self.redis_url) is not None:
+            return url.get_secret_value()
+        return f"sqlite:///{self.cloudagent_home.absolute() / 'queue.db'}"
+
+    @property
+    def embedded(self) -> bool:
+        """Is the worker ours to start? It is where the queue is a file: no other machine could take from it."""
+        return self.task_queue_url.startswith("sqlite:")
+
+    @cached_property
+    def keyring(self) -> Keyring:
+        if self.encryption_key is not None:
+            return Keyring([key.strip() for key in self.encryption_key.get_secret_value().split(",") if key.strip()])
+        return Keyring.from_file(self.cloudagent_home / "encryption.key")
+
+    def pick(self, names: tuple[str, ...] | list[str]) -> dict[str, str]:
+        """Those variables of the environment that are set."""
+        return {name: self.environment[name] for name in names if self.environment.get(name)}
+
+    @property
+    def git_environment(self) -> dict[str, str]:
+        """What git may know of its user: where keys and credential helpers are."""
+        return self.pick(["HOME", "PATH", "LANG", "USER", "SSH_AUTH_SOCK", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"])
+
+    @property
+    def worker_environment(self) -> dict[str, str]:
+        """What the embedded worker's process is given: the operator's settings, and no client's credentials."""
+        own = [name.upper() for name in type(self).model_fields if name not in ("environment", "admin_api_key")]
+        return {**self.git_environment, **self.pick(own), "CLOUDAGENT_HOME": str(self.cloudagent_home.absolute())}
+
+    def make_home(self) -> None:
+        """Create the data folder, readable by its owner alone."""
+        self.cloudagent_home.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,0 +1,160 @@
+"""The operations as MCP tools: derived, never written twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.tools.base import Tool
+from mcp.server.mcpserver.utilities.func_metadata import func_metadata
+from mcp.types import CallToolResult, TextContent, ToolAnnotations
+from pydantic import Field, TypeAdapter
+
+from cloudagent_mcp.operations import Caller, Operation, _plain_schema  # pyright: ignore[reportPrivateUsage]
+from cloudagent_mcp.operations.diffs import Diff
+from cloudagent_mcp.operations.tasks import TaskList
+from cloudagent_mcp.untrusted import clean, cut, fence
+from cloudagent_storage.errors import CloudAgentError, Internal
+from cloudagent_storage.records import LogPage, Record, Task, TaskPage
+
+log = logging.getLogger(__name__)
+
+ANSWER_MAX = 30_000
+"""Characters: under 10,000 tokens, so that no answer floods the context that asked for it."""
+TEXT_ANSWERS = (LogPage, Diff)
+
+
+class OperationTool(Tool):
+    """An operation as the SDK wants a tool. Arguments are checked by the operation: the SDK drops unknown ones."""
+
+    operation: Any = Field(exclude=True)
+    caller: Callable[[Context[Any, Any]], Caller] = Field(exclude=True)
+
+    @cached_property
+    def output_schema(self) -> dict[str, Any] | None:
+        if self.operation.answer in TEXT_ANSWERS:
+            return None
+        return _plain_schema(TypeAdapter(self.operation.answer).json_schema(mode="serialization"))
+
+    async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
+        caller = replace(self.caller(context), progress=context.report_progress)
+        try:
+            answer = await self.operation.call(caller, arguments)
+            if isinstance(answer, TaskPage):
+                # Shorter pages until one fits: its cursor then continues where it ends.
+                while len(shown(answer)) > ANSWER_MAX and answer.limit > 1:
+                    answer = await self.operation.call(caller, {**arguments, "limit": answer.limit // 2})
+        except CloudAgentError as error:
+            return refusal(error)
+        except Exception:
+            log.exception("%s failed in a way that nobody foresaw", self.name)
+            return refusal(Internal())
+        text = shown(answer)
+        structured = None if isinstance(answer, TEXT_ANSWERS) else json.loads(text)
+        return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
+
+
+def make_tools(operations: Iterable[Operation], caller: Callable[[Context[Any, Any]], Caller]) -> list[Tool]:
+    """A tool for every operation. `caller` says who is calling, at the time of the call."""
+    return [_tool(operation, caller) for operation in operations]
+
+
+def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller]) -> Tool:
+    marked = operation.marked
+    schema = operation.schema
+    schema["properties"].pop("raw", None)
+
+    def stand_in() -> None:
+        """The SDK wants a function; `run` is what is called."""
+
+    return OperationTool(
+        fn=stand_in,
+        name=operation.name,
+        title=marked.title,
+        description=operation.description.partition("  Raises")[0],
+        parameters=schema,
+        fn_metadata=func_metadata(stand_in),
+        is_async=True,
+        annotations=ToolAnnotations(
+            read_only_hint=marked.read_only,
+            destructive_hint=marked.destructive,
+            idempotent_hint=marked.idempotent,
+            open_world_hint=marked.open_world,
+        ),
+        operation=operation,
+        caller=caller,
+    )
+
+
+def refusal(error: CloudAgentError) -> CallToolResult:
+    """An error as a result that the model can read and mend."""
+    text = f"{error.code}: {error.message} {error.remedy}"
+    if error.field is not None:
+        text += f" (argument: {error.field})"
+    return CallToolResult(
+        content=[TextContent(type="text", text=text)], structured_content=error.as_dict(), is_error=True
+    )
+
+
+def shown(answer: Any) -> str:
+    """An answer as a model reads it: bounded, and without characters that steer a terminal or hide text."""
+    if isinstance(answer, LogPage):
+        return _log_text(answer)
+    if isinstance(answer, Diff):
+        return _diff_text(answer)
+    if isinstance(answer, TaskPage | TaskList):
+        return _json(answer, prompt=100, said=500)
+    return _json(answer, prompt=500, said=6000)
+
+
+def _json(answer: Record, *, prompt: int, said: int) -> str:
+    def brief(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: brief(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(value, list):
+            return [brief(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return cut(clean(value), said) if isinstance(value, str) else value
+
+    plain = answer.model_dump(mode="json")
+    for task in plain.get("tasks", [plain]):
+        if isinstance(answer, Task | TaskPage | TaskList):
+            task["prompt"] = cut(task["prompt"], prompt)
+    return json.dumps(brief(plain), ensure_ascii=False)
+
+
+def _log_text(page: LogPage) -> str:
+    """Whole lines, as many as fit; `after` then continues where they end."""
+    lines: list[str] = []
+    size, last, more = 0, page.next_after, page.more
+    for event in page.lines:
+        line = f"{event.seq} {event.timestamp:%H:%M:%S} {event.level} {event.kind}: {cut(clean(event.message), 2000)}"
+        if size + len(line) > ANSWER_MAX - 1000:
+            last, more = event.seq - 1, True
+            break
+        lines.append(line)
+        size += len(line) + 1
+    head = f"task_id={page.task_id} next_after={last} more={str(more).lower()}"
+    return f"{head}\n{fence(chr(10).join(lines))}" if lines else f"{head}\nNo lines."
+
+
+def _diff_text(diff: Diff) -> str:
+    files = [
+        f"{file.change} {clean(file.path)} " + ("binary" if file.binary else f"+{file.insertions} -{file.deletions}")
+        for file in diff.files
+    ]
+    head = [f"task_id={diff.task_id} branch={diff.branch} base={diff.base_sha} files={len(files)}", *files[:200]]
+    if len(files) > 200:
+        head.append(f"… and {len(files) - 200} more; ask for a folder with path.")
+    text = "\n".join(head)
+    if not diff.diff:
+        return text
+    body, room = diff.diff, ANSWER_MAX - len(text) - 500
+    if len(body) > room:
+        text += "\nThe diff is too long to show whole; ask for single files with path."
+        body = body[:room]
+    return f"{text}\n{fence(body)}"

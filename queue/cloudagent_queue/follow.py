@@ -1,0 +1,171 @@
+"""Reading what the runner wrote: its log, line by line, and how it ended. All of it is hostile input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast, get_args
+
+from pydantic import ValidationError
+
+from cloudagent_queue.agents import EVENTS, RESULT
+from cloudagent_queue.redact import Redactor
+from cloudagent_queue.sandboxes import Sandbox
+from cloudagent_storage.records import EventDraft, EventKind, Level, TaskError, TaskErrorCode, TaskStatus, Usage
+
+CHUNK = 1_000_000
+"""Bytes read from the log at a time; a single longer line is left out and said to be."""
+RESULT_MAX = 1_000_000
+SUMMARY_MAX = 20_000
+KINDS = frozenset(get_args(EventKind))
+AGENT_CODES: frozenset[TaskErrorCode] = frozenset(
+    {"max_turns", "budget_exceeded", "credential_rejected", "agent_error"}
+)
+REMEDIES: dict[str, str] = {
+    "max_turns": "The work so far is saved; submit again with a higher max_turns.",
+    "budget_exceeded": "The work so far is saved; submit again with a higher max_budget_usd.",
+    "credential_rejected": "Check ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN, and submit the task again.",
+    "agent_error": "The work so far is saved; the end of the log tells what happened.",
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a task's agent ended."""
+
+    status: TaskStatus
+    error: TaskError | None = None
+    summary: str | None = None
+    usage: Usage | None = None
+
+    @classmethod
+    def failed(cls, code: TaskErrorCode, message: str, remedy: str) -> Ending:
+        return cls(TaskStatus.FAILED, TaskError(code=code, message=message, remedy=remedy))
+
+    @classmethod
+    def cancelled(cls) -> Ending:
+        remedy = "What the agent had done until then is saved."
+        return cls(
+            TaskStatus.CANCELLED, TaskError(code="cancelled_by_user", message="The task was cancelled.", remedy=remedy)
+        )
+
+    @property
+    def why(self) -> str:
+        return "" if self.error is None else self.error.message
+
+    def with_summary_of(self, other: Ending | None) -> Ending:
+        """This ending, with the last words and the usage of the agent that was stopped."""
+        return self if other is None else replace(self, summary=other.summary, usage=other.usage)
+
+    def usage_over(self, earlier: Usage) -> Usage:
+        return self.usage or earlier
+
+
+def read_result(sandbox: Sandbox) -> Ending | None:
+    """How the runner says that the agent ended; None while it runs, or when it died without a word."""
+    data = sandbox.read(RESULT, max_bytes=RESULT_MAX)
+    if not data:
+        return None
+    try:
+        found = json.loads(data)
+        result = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+        usage = _usage(result.get("usage"))
+    except (ValueError, RecursionError):
+        result, usage = {}, None
+    summary = result.get("summary")
+    summary = summary[:SUMMARY_MAX] if isinstance(summary, str) else None
+    if result.get("outcome") == "completed":
+        return Ending(TaskStatus.COMPLETED, summary=summary, usage=usage)
+    said = result.get("error")
+    error = cast("dict[str, Any]", said) if isinstance(said, dict) else {}
+    code: TaskErrorCode = next((known for known in AGENT_CODES if known == error.get("code")), "agent_error")
+    message = error.get("message")
+    text = message[:2000] if isinstance(message, str) and message else "The agent ended without saying why."
+    return Ending(TaskStatus.FAILED, TaskError(code=code, message=text, remedy=REMEDIES[code]), summary, usage)
+
+
+class LogReader:
+    """Reads whole lines of the runner's log from a byte offset on."""
+
+    def __init__(self, sandbox: Sandbox, offset: int, redactor: Redactor) -> None:
+        self.offset = offset
+        """Everything before it has been read."""
+        self.moved = False
+        """Did the last `read` take anything in?"""
+        self.tool_running = False
+        self._sandbox = sandbox
+        self._redactor = redactor
+        self._usage: Usage | None = None
+        self._tools: set[str] = set()
+
+    def read(self) -> list[EventDraft]:
+        """The events of the lines that have been completed since the last call."""
+        chunk = self._sandbox.read(EVENTS, offset=self.offset, max_bytes=CHUNK)
+        end = chunk.rfind(b"\n") + 1
+        self.moved = bool(end) or len(chunk) == CHUNK
+        if not self.moved:
+            return []
+        if not end:
+            self.offset += len(chunk)
+            return [
+                EventDraft(kind="error", level=Level.WARNING, message="A part of the log was too long and is left out.")
+            ]
+        self.offset += end
+        return [self._event(line) for line in chunk[:end].splitlines() if line.strip()]
+
+    def usage(self, earlier: Usage) -> Usage:
+        """The newest usage that the log told of."""
+        return self._usage or earlier
+
+    def _event(self, line: bytes) -> EventDraft:
+        try:
+            found = self._redactor.value(json.loads(line))
+            entry = cast("dict[str, Any]", found)
+            kind, raw = entry["kind"], entry.get("raw")
+            draft = EventDraft.model_validate(
+                {
+                    "kind": kind,
+                    "level": entry.get("level", "info"),
+                    "message": str(entry["message"]),
+                    "raw": raw if isinstance(raw, dict) else None,
+                    "timestamp": _plausible(entry.get("time")),
+                }
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError):
+            text = self._redactor.text(line[:2000].decode("utf-8", "replace"))
+            return EventDraft(kind="stderr", level=Level.WARNING, message=f"Unreadable line in the log: {text}")
+        self._watch(draft)
+        return draft
+
+    def _watch(self, draft: EventDraft) -> None:
+        """Keep the newest usage, and whether a tool call is open: the idle limit is longer then."""
+        raw = draft.raw or {}
+        identity = str(raw.get("id") or raw.get("tool_use_id") or "")
+        if draft.kind == "tool_use":
+            self._tools.add(identity)
+        elif draft.kind == "tool_result":
+            self._tools.discard(identity)
+        elif draft.kind == "usage":
+            self._usage = _usage(raw.get("usage")) or self._usage
+        elif draft.kind == "text":
+            self._tools.clear()
+        self.tool_running = bool(self._tools)
+
+
+def _usage(value: Any) -> Usage | None:
+    if not isinstance(value, dict):
+        return None
+    try:
+        return Usage.model_validate(value)
+    except ValidationError:
+        return None
+
+
+def _plausible(value: Any) -> datetime | None:
+    """The sandbox's own time of an event, unless its clock is nonsense."""
+    try:
+        stamp = datetime.fromisoformat(str(value)).astimezone(UTC)
+    except ValueError:
+        return None
+    return stamp if abs(stamp - datetime.now(UTC)) < timedelta(days=2) else None

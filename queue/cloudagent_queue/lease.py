@@ -1,0 +1,120 @@
+"""A worker's hold on a task: renewed on a thread of its own, and given up before anyone else may take it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cloudagent_storage.errors import CloudAgentError, DatabaseUnavailable, LeaseLost
+from cloudagent_storage.records import Claim, Signals
+from cloudagent_storage.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Timers:
+    """Every duration that matters to a running task, in seconds. Tests scale them down."""
+
+    lease_s: float = 60.0
+    heartbeat_s: float = 15.0
+    let_go_s: float = 45.0
+    """A worker that could not renew for this long lets go: earlier than the lease ends, so that two never overlap."""
+    signals_s: float = 1.0
+    """How often a cancel is looked for."""
+    poll_s: float = 0.2
+    """How often the runner's log is read."""
+    idle_s: float = 15 * 60.0
+    idle_in_tool_s: float = 60 * 60.0
+    """The idle limit while a tool call of the agent runs."""
+    stop_grace_s: float = 10.0
+    """How long an agent that was asked to stop may take."""
+    setup_s: float = 15 * 60.0
+    verify_s: float = 30 * 60.0
+    fetch_s: float = 10 * 60.0
+    checkpoint_s: float = 180.0
+    ring_again_s: float = 30.0
+    """A task that waits longer than this is rung for once more."""
+    sweep_s: float = 10.0
+    drain_s: float = 8.0
+    """How long a stopping worker waits for its threads to let go of their tasks."""
+
+
+class Lease:
+    """Held for the time of one attempt, as a context manager.
+
+    `signals` is the newest that the store said. `check` raises `LeaseLost` once the lease may belong to another.
+    """
+
+    def __init__(self, store: Store, claim: Claim, timers: Timers) -> None:
+        self._store = store
+        self._claim = claim
+        self._timers = timers
+        self._ended = threading.Event()
+        self._lost = False
+        self._renewed = time.monotonic()
+        self._interrupt: Callable[[], None] | None = None
+        self._guard = threading.Lock()
+        self.signals = Signals(cancel_requested=claim.cancel_requested)
+        self._thread = threading.Thread(target=self._beat, name=f"lease {claim.task.task_id}", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raises `LeaseLost` when this worker must not touch the task any more."""
+        if self._lost or time.monotonic() - self._renewed > self._timers.let_go_s:
+            self._lost = True
+            raise LeaseLost()
+
+    def renewed(self, signals: Signals) -> None:
+        """A write to the store has renewed the lease."""
+        self._renewed = time.monotonic()
+        self.signals = signals
+
+    @contextmanager
+    def interruptible(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """While the block runs, a cancel calls `interrupt` from the lease's thread, once.
+
+        For work that waits on one long call and cannot look at `signals` itself.
+        """
+        with self._guard:
+            self._interrupt = interrupt
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._interrupt = None
+
+    def _beat(self) -> None:
+        tasks, claim = self._store.tasks, self._claim
+        while not self._ended.wait(min(self._timers.signals_s, self._timers.heartbeat_s)):
+            try:
+                if time.monotonic() - self._renewed >= self._timers.heartbeat_s:
+                    self.renewed(tasks.renew(claim.task.task_id, claim.attempt, lease_s=self._timers.lease_s))
+                else:
+                    self.signals = tasks.signals(claim.task.task_id, claim.attempt)
+                self.check()
+            except LeaseLost:
+                self._lost = True
+                log.warning("lost the lease of %s, attempt %d", claim.task.task_id, claim.attempt)
+                return
+            except DatabaseUnavailable:
+                log.warning("could not renew the lease of %s; trying again", claim.task.task_id)
+            if self.signals.cancel_requested:
+                with self._guard:
+                    interrupt, self._interrupt = self._interrupt, None
+                    if interrupt is not None:
+                        try:
+                            interrupt()
+                        except CloudAgentError as error:
+                            log.warning("could not interrupt %s: %s", claim.task.task_id, error)
