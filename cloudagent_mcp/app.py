@@ -1,32 +1,40 @@
-"""The composition root: settings in, everything that a process needs out."""
+"""The composition root: settings in, everything that a process needs out.
+
+Databases, queues and what they import are opened when they are first needed: a client that only lists the tools of a
+stdio server waits for none of them.
+"""
 
 from __future__ import annotations
 
 import logging
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cloudagent_mcp import __version__
-from cloudagent_mcp.embedded import ensure_worker
 from cloudagent_mcp.operations import Caller, Operation, operations_of
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
-from cloudagent_queue.task_queue import TaskQueue
 from cloudagent_storage.errors import CloudAgentError
 from cloudagent_storage.records import LOCAL_ACCOUNT
-from cloudagent_storage.store import Store
+
+if TYPE_CHECKING:
+    from cloudagent_queue.task_queue import TaskQueue
+    from cloudagent_storage.store import Store
 
 log = logging.getLogger(__name__)
 
 
 class App:
-    """What one process works with. Everything is opened when it is first needed."""
+    """What one process works with."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     @cached_property
     def store(self) -> Store:
+        from cloudagent_storage.store import Store
+
         self.settings.make_home()
         store = Store.open(self.settings.store_url)
         store.migrate()
@@ -35,6 +43,8 @@ class App:
 
     @cached_property
     def queue(self) -> TaskQueue:
+        from cloudagent_queue.task_queue import TaskQueue
+
         self.settings.make_home()
         return TaskQueue(self.settings.task_queue_url)
 
@@ -46,7 +56,7 @@ class App:
     @cached_property
     def tasks(self) -> Tasks:
         return Tasks(
-            self.store,
+            lambda: self.store,
             lambda: self.settings.keyring,
             providers=self.providers,
             state_folder=self.settings.cloudagent_home / "apply",
@@ -77,6 +87,8 @@ class App:
         """Where the worker is ours to start, start it unless it runs."""
         if not self.settings.embedded:
             return
+        from cloudagent_mcp.embedded import ensure_worker
+
         try:
             ensure_worker(self.settings, version=__version__)
         except (CloudAgentError, OSError) as error:

@@ -11,11 +11,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cloudagent_mcp.rest import problem
 from cloudagent_mcp.settings import Settings
-from cloudagent_storage.errors import CloudAgentError, ForbiddenHost, InvalidInput, Unauthorized
+from cloudagent_storage.errors import ForbiddenHost, InvalidInput, Unauthorized
 from cloudagent_storage.records import LOCAL_ACCOUNT
 
 OPEN_PATHS = frozenset({"/health"})
@@ -84,26 +85,23 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request = Request(scope)
-        refusal = self._refusal(request)
-        if refusal is not None:
-            response = problem(refusal)
-            if isinstance(refusal, ForbiddenHost):
-                response.status_code = 403 if "origin" in request.headers else 421
+        if (response := self._refusal(request)) is not None:
             await response(scope, receive, send)
             return
         scope.setdefault("state", {})["account_id"] = LOCAL_ACCOUNT
         await self._app(scope, receive, send)
 
-    def _refusal(self, request: Request) -> CloudAgentError | None:
+    def _refusal(self, request: Request) -> Response | None:
         if self._hosts:
+            # Against DNS rebinding: a page of somebody else's that resolves to this machine says its own name here.
             if request.headers.get("host", "") not in self._hosts:
-                return ForbiddenHost()
+                return problem(ForbiddenHost(), status=421)
             origin = request.headers.get("origin")
             if origin is not None and urlsplit(origin).netloc not in self._hosts:
-                return ForbiddenHost()
+                return problem(ForbiddenHost(), status=403)
         if request.url.path in OPEN_PATHS:
             return None
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._key):
-            return Unauthorized()
+            return problem(Unauthorized())
         return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ def report(error: CloudAgentError) -> int:
 
 
 @contextmanager
-def client() -> Iterator[Client]:
+def client() -> Generator[Client]:
     from cloudagent_mcp.client import open_client
     from cloudagent_mcp.settings import Settings
 
@@ -111,7 +111,7 @@ def task() -> None:
 def create(prompt: str, tags: tuple[str, ...], watch: bool, as_json: bool, **options: Any) -> None:
     """Submit a task. PROMPT is what the agent should do; - reads it from standard input."""
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     given = {name: value for name, value in options.items() if value is not None}
     with client() as api:
         created = api.call("submit_task", prompt=prompt, tags=list(tags), **given)
@@ -133,7 +133,7 @@ def create(prompt: str, tags: tuple[str, ...], watch: bool, as_json: bool, **opt
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
 @click.option("--cursor", help="next_cursor of the list before.")
 @as_json
-def list_(as_json: bool, **options: Any) -> None:
+def list_tasks(as_json: bool, **options: Any) -> None:
     """List tasks, newest first."""
     with client() as api:
         page = api.call("list_tasks", **{name: value for name, value in options.items() if value is not None})

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from mcp import Client, StdioServerParameters
+from mcp.types import TextContent
 from rich.rule import Rule as Line
 from rich.text import Text as Styled
 
@@ -138,7 +139,7 @@ async def _show(server: StdioServerParameters, repository: Path, settings: Setti
             await anyio.sleep(0.2)
         console.print(f"\n[bold]get_task[/]  status {task['status']}, verdict [bold]{task['verdict']}[/]")
         if task["status"] != "completed" or task["verdict"] != "passed":
-            console.print(f"[red]{(task['error'] or {}).get('message', 'The verify command failed.')}[/]")
+            console.print(task["error"]["message"] if task["error"] else "The verify command failed.", style="red")
             return 1
         console.print("\n[bold]get_task_diff[/]")
         for line in await _untrusted(client, "get_task_diff", task_id=name):
@@ -161,16 +162,16 @@ async def _show(server: StdioServerParameters, repository: Path, settings: Setti
 
 async def _call(client: Client, name: str, **arguments: Any) -> dict[str, Any]:
     result = await client.call_tool(name, arguments)
-    if result.is_error or not isinstance(result.structured_content, dict):
-        said = result.structured_content or {}
-        raise CloudAgentError(said.get("detail"), remedy=said.get("remedy"))
-    return result.structured_content
+    answer = cast("dict[str, Any]", result.structured_content or {})
+    if result.is_error:
+        raise CloudAgentError(answer.get("detail"), remedy=answer.get("remedy"))
+    return answer
 
 
 async def _untrusted(client: Client, name: str, **arguments: Any) -> list[str]:
     """The lines between the fences of a text answer."""
     result = await client.call_tool(name, arguments)
-    lines: list[str] = result.content[0].text.splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    lines = "".join(block.text for block in result.content if isinstance(block, TextContent)).splitlines()
     fences = [number for number, line in enumerate(lines) if "untrusted output" in line and line.startswith("[")]
     return lines[fences[0] + 1 : fences[-1]] if fences else []
 
@@ -204,7 +205,7 @@ def _make_repository(folder: Path, settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def _folder(keep: bool) -> Iterator[Path]:
+def _folder(keep: bool) -> Generator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="cloudagent-demo-"))
     try:
         yield folder

@@ -11,8 +11,8 @@ from cloudagent_mcp import __version__
 from cloudagent_mcp.app import App
 from cloudagent_mcp.embedded import running_worker
 from cloudagent_mcp.settings import Settings
+from cloudagent_queue import git
 from cloudagent_queue.agents import open_agent
-from cloudagent_queue.git import git_version
 from cloudagent_queue.sandboxes import open_provider
 from cloudagent_storage.errors import CloudAgentError, SandboxUnavailable, Unavailable
 from cloudagent_storage.records import Record
@@ -37,7 +37,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         ("data folder", lambda: _data_folder(settings)),
         ("database", lambda: _database(app)),
         ("queue", lambda: app.queue.check()),
-        ("git", git_version),
+        ("git", lambda: git.run("--version", folder=Path("/")).text.removeprefix("git ")),
         *[(f"sandbox {name}", lambda name=name: _sandbox(settings, name)) for name in app.providers],
         ("agent", lambda: _agent_in_sandbox(app)),
         ("credential", lambda: _credential(settings, agent.check_credential)),

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def running_worker(home: Path) -> Running | None:
 
 
 @contextmanager
-def only_worker(home: Path, *, version: str) -> Iterator[FileLock]:
+def only_worker(home: Path, *, version: str) -> Generator[FileLock]:
     """Be the one embedded worker of this data folder. Raises `Busy` when there is one that does not go away."""
     # An older worker that drains, or one that is idle and about to stop, may hold it for a moment yet.
     # Not bound to a thread: the one that watches for idleness lets go of it.

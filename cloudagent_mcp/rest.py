@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from cloudagent_mcp.operations import Caller, Operation
 from cloudagent_storage.errors import (
@@ -47,7 +48,7 @@ def make_routes(
     operations: Iterable[Operation],
     caller: Callable[[Request], Caller],
     bundle: Callable[[Caller, str, Any], bytes | None],
-) -> list[BaseRoute]:
+) -> list[Route]:
     """A route for every operation, and the downloads of a task's bundles. `caller` authenticates, or raises."""
     return [_route(operation, caller) for operation in operations] + [_bundle_route(caller, bundle)]
 
@@ -56,7 +57,7 @@ def _route(operation: Operation, caller: Callable[[Request], Caller]) -> Route:
     async def endpoint(request: Request) -> Response:
         try:
             who = caller(request)
-            arguments = await (_query(request, operation) if request.method == "GET" else _body(request))
+            arguments = _query(request, operation) if request.method == "GET" else await _body(request)
             arguments |= request.path_params
             answer = await operation.call(who, arguments)
         except CloudAgentError as error:
@@ -86,23 +87,21 @@ def _bundle_route(caller: Callable[[Request], Caller], bundle: Callable[[Caller,
     return Route("/tasks/{task_id}/bundle", endpoint, methods=["GET"], name="get_task_bundle")
 
 
-async def _query(request: Request, operation: Operation) -> dict[str, Any]:
+def _query(request: Request, operation: Operation) -> dict[str, Any]:
     """The query's texts as the types that the operation wants; what cannot be read stays text and is refused there."""
     arguments: dict[str, Any] = {}
-    for name in request.query_params:
-        field = operation.arguments.model_fields.get(ALIASES.get(name, name))
-        values = request.query_params.getlist(name)
+    for given in request.query_params:
+        name, values = ALIASES.get(given, given), request.query_params.getlist(given)
+        arguments[name] = values[-1]
+        field = operation.arguments.model_fields.get(name)
         if field is None:
-            arguments[name] = values[-1]
             continue
-        adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)
-        try:
-            arguments[ALIASES.get(name, name)] = adapter.validate_strings(values[-1])
-        except ValidationError:
-            is_list = str(field.annotation).startswith("list")
-            arguments[ALIASES.get(name, name)] = (
-                [v for value in values for v in value.split(",")] if is_list else values[-1]
-            )
+        if get_origin(field.annotation) is list:
+            arguments[name] = [item for value in values for item in value.split(",")]
+            continue
+        with contextlib.suppress(ValidationError):
+            # The bare type: limits are checked with the other arguments, and refused in the same words.
+            arguments[name] = TypeAdapter(cast("type[Any]", field.annotation)).validate_strings(values[-1])
     return arguments
 
 
@@ -120,7 +119,7 @@ async def _body(request: Request) -> dict[str, Any]:
         raise InvalidJson() from None
     if not isinstance(found, dict):
         raise WrongType("The body is not a JSON object.")
-    return {ALIASES.get(name, name): value for name, value in found.items()}  # pyright: ignore[reportUnknownVariableType]
+    return {ALIASES.get(name, name): value for name, value in cast("dict[str, Any]", found).items()}
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,9 +133,9 @@ def _no_constant(name: str) -> Any:
     raise ValueError(name)
 
 
-def problem(error: CloudAgentError) -> JSONResponse:
+def problem(error: CloudAgentError, *, status: int | None = None) -> JSONResponse:
     """An error as problem details (RFC 9457), with our code, remedy and field."""
-    status = next((status for kind, status in STATUS if isinstance(error, kind)), 500)
+    status = status or next((status for kind, status in STATUS if isinstance(error, kind)), 500)
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
     return JSONResponse(
         {"title": error.code, "status": status, **error.as_dict()},

@@ -6,12 +6,15 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from cloudagent_storage.errors import InvalidInput
-from cloudagent_storage.secrets import Keyring
+
+if TYPE_CHECKING:
+    from cloudagent_storage.secrets import Keyring
 
 
 class Settings(BaseModel):
@@ -74,6 +77,8 @@ class Settings(BaseModel):
 
     @cached_property
     def keyring(self) -> Keyring:
+        from cloudagent_storage.secrets import Keyring
+
         if self.encryption_key is not None:
             return Keyring([key.strip() for key in self.encryption_key.get_secret_value().split(",") if key.strip()])
         return Keyring.from_file(self.cloudagent_home / "encryption.key")

@@ -15,7 +15,7 @@ from mcp.server.mcpserver.utilities.func_metadata import func_metadata
 from mcp.types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import Field, TypeAdapter
 
-from cloudagent_mcp.operations import Caller, Operation, _plain_schema  # pyright: ignore[reportPrivateUsage]
+from cloudagent_mcp.operations import Caller, Operation, plain_schema
 from cloudagent_mcp.operations.diffs import Diff
 from cloudagent_mcp.operations.tasks import TaskList
 from cloudagent_mcp.untrusted import clean, cut, fence
@@ -39,7 +39,7 @@ class OperationTool(Tool):
     def output_schema(self) -> dict[str, Any] | None:
         if self.operation.answer in TEXT_ANSWERS:
             return None
-        return _plain_schema(TypeAdapter(self.operation.answer).json_schema(mode="serialization"))
+        return plain_schema(TypeAdapter(self.operation.answer).json_schema(mode="serialization"), of_arguments=False)
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
         caller = replace(self.caller(context), progress=context.report_progress)
@@ -80,6 +80,7 @@ def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller]) -
         parameters=schema,
         fn_metadata=func_metadata(stand_in),
         is_async=True,
+        context_kwarg=None,
         annotations=ToolAnnotations(
             read_only_hint=marked.read_only,
             destructive_hint=marked.destructive,

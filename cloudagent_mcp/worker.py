@@ -41,9 +41,13 @@ def work(
     stopping = stopping or threading.Event()
     settings = app.settings
     settings.make_home()
+
+    def stop(*_: object) -> None:
+        stopping.set()
+
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.set())
+            signal.signal(number, stop)
     with ExitStack() as stack:
         lock = stack.enter_context(only_worker(settings.cloudagent_home, version=__version__)) if embedded else None
         provider = functools.cache(functools.partial(_provider, app))

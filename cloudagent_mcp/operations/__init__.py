@@ -81,7 +81,7 @@ class Operation:
     @property
     def schema(self) -> dict[str, Any]:
         """The JSON schema of its arguments, without the noise that pydantic adds."""
-        return _plain_schema(self.arguments.model_json_schema())
+        return plain_schema(self.arguments.model_json_schema(), of_arguments=True)
 
 
 def operation(
@@ -208,19 +208,20 @@ def _shown(name: str) -> str:
     return "".join(c if unicodedata.category(c)[0] in "LN" or c in "_-" else "?" for c in name[:40])
 
 
-def _plain_schema(schema: Any) -> Any:
-    """Without `title`s, and with `X or null` written as plain X: a model needs neither, and pays for both."""
+def plain_schema(schema: Any, *, of_arguments: bool) -> Any:
+    """A schema without `title`s: a model needs none, and pays for each.
+
+    Of arguments, "X or null" becomes X as well: they may be left out anyway.
+    """
     if isinstance(schema, list):
-        return [_plain_schema(item) for item in cast("list[Any]", schema)]
+        return [plain_schema(item, of_arguments=of_arguments) for item in cast("list[Any]", schema)]
     if not isinstance(schema, dict):
         return schema
     plain = {k: v for k, v in cast("dict[str, Any]", schema).items() if not (k == "title" and isinstance(v, str))}
-    options = cast("list[Any]", plain.get("anyOf", []))
-    kept = [option for option in options if option != {"type": "null"}]
-    if len(kept) == 1:
+    kept = [option for option in cast("list[Any]", plain.get("anyOf", [])) if option != {"type": "null"}]
+    if of_arguments and len(kept) == 1:
         del plain["anyOf"]
         plain = {**kept[0], **plain}
         if plain.get("default", ...) is None:
             del plain["default"]
-    plain = {k: _plain_schema(v) for k, v in plain.items()}
-    return plain
+    return {k: plain_schema(v, of_arguments=of_arguments) for k, v in plain.items()}

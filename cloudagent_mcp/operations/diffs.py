@@ -58,7 +58,8 @@ def _sections(text: str) -> Iterator[tuple[DiffFile, str]]:
 
 
 def _file(section: str) -> DiffFile:
-    head, hunk, _ = section.partition("\n@@ ")
+    head = re.split(r"\n(?=@@ |GIT binary patch|Binary files )", section, maxsplit=1)[0]
+    body = section[len(head) :]
     names = dict(re.findall(r"(?m)^(rename to|\+\+\+|---) (.*)$", head))
     name = names.get("rename to") or _stripped(names.get("+++")) or _stripped(names.get("---"))
     if name is None:
@@ -69,13 +70,13 @@ def _file(section: str) -> DiffFile:
     for mark, meaning in (("new file", "added"), ("deleted file", "deleted"), ("rename to", "renamed")):
         if f"\n{mark} " in head:
             change = meaning  # pyright: ignore[reportAssignmentType]
-    body = section[len(head) :] if hunk else ""
+    binary = body.startswith(("\nGIT", "\nBinary"))
     return DiffFile(
         path=name,
         change=change,
-        insertions=len(re.findall(r"(?m)^\+", body)),
-        deletions=len(re.findall(r"(?m)^-", body)),
-        binary="\nGIT binary patch" in head or "\nBinary files " in head,
+        insertions=0 if binary else len(re.findall(r"(?m)^\+", body)),
+        deletions=0 if binary else len(re.findall(r"(?m)^-", body)),
+        binary=binary,
     )
 
 

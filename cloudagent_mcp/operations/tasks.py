@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -41,8 +41,10 @@ from cloudagent_storage.records import (
     TaskStatus,
     new_id,
 )
-from cloudagent_storage.secrets import Keyring
-from cloudagent_storage.store import Store
+
+if TYPE_CHECKING:
+    from cloudagent_storage.secrets import Keyring
+    from cloudagent_storage.store import Store
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -98,19 +100,26 @@ class Tasks:
 
     def __init__(
         self,
-        store: Store,
+        store: Callable[[], Store],
         keyring: Callable[[], Keyring],
         *,
         providers: Sequence[str],
         state_folder: Path,
         ring: Callable[[str], None],
     ) -> None:
-        """`ring` sees to it that a worker takes the task; it is called after the commit and raises nothing."""
-        self._store = store
+        """`store` and `keyring` are opened when they are first needed.
+
+        `ring` sees to it that a worker takes the task; it is called after the commit and raises nothing.
+        """
+        self._open_store = store
         self._keyring = keyring
         self._providers = providers
         self._state_folder = state_folder
         self._ring = ring
+
+    @property
+    def _store(self) -> Store:
+        return self._open_store()
 
     @operation("POST", "/tasks", title="Submit a task", open_world=True, status=202)
     def submit_task(
@@ -128,9 +137,7 @@ class Tasks:
         ] = None,
         base_ref: Annotated[
             str | None,
-            Field(
-                description="Branch, tag or commit to start from. Default: your working tree as it is."
-            ),
+            Field(description="Branch, tag or commit to start from. Default: your working tree as it is."),
         ] = None,
         title: Annotated[
             str | None, Field(max_length=200, description="A short name. Default: the prompt's first line.")

@@ -19,10 +19,8 @@ CHUNK = 1_000_000
 RESULT_MAX = 1_000_000
 SUMMARY_MAX = 20_000
 KINDS = frozenset(get_args(EventKind))
-AGENT_CODES: frozenset[TaskErrorCode] = frozenset(
-    {"max_turns", "budget_exceeded", "credential_rejected", "agent_error"}
-)
-REMEDIES: dict[str, str] = {
+REMEDIES: dict[TaskErrorCode, str] = {
+    # What the runner may report; anything else counts as the last.
     "max_turns": "The work so far is saved; submit again with a higher max_turns.",
     "budget_exceeded": "The work so far is saved; submit again with a higher max_budget_usd.",
     "credential_rejected": "Check ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN, and submit the task again.",
@@ -38,6 +36,8 @@ class Ending:
     error: TaskError | None = None
     summary: str | None = None
     usage: Usage | None = None
+    model: str | None = None
+    """The model that spoke, as the agent names it."""
 
     @classmethod
     def failed(cls, code: TaskErrorCode, message: str, remedy: str) -> Ending:
@@ -56,10 +56,9 @@ class Ending:
 
     def with_summary_of(self, other: Ending | None) -> Ending:
         """This ending, with the last words and the usage of the agent that was stopped."""
-        return self if other is None else replace(self, summary=other.summary, usage=other.usage)
-
-    def usage_over(self, earlier: Usage) -> Usage:
-        return self.usage or earlier
+        if other is None:
+            return self
+        return replace(self, summary=other.summary, usage=other.usage, model=other.model)
 
 
 def read_result(sandbox: Sandbox) -> Ending | None:
@@ -75,14 +74,19 @@ def read_result(sandbox: Sandbox) -> Ending | None:
         result, usage = {}, None
     summary = result.get("summary")
     summary = summary[:SUMMARY_MAX] if isinstance(summary, str) else None
+    model = result.get("model")
+    model = model[:100] if isinstance(model, str) else None
     if result.get("outcome") == "completed":
-        return Ending(TaskStatus.COMPLETED, summary=summary, usage=usage)
+        return Ending(TaskStatus.COMPLETED, None, summary, usage, model)
     said = result.get("error")
     error = cast("dict[str, Any]", said) if isinstance(said, dict) else {}
-    code: TaskErrorCode = next((known for known in AGENT_CODES if known == error.get("code")), "agent_error")
+    code: TaskErrorCode = "agent_error"
+    for known in REMEDIES:
+        if known == error.get("code"):
+            code = known
     message = error.get("message")
     text = message[:2000] if isinstance(message, str) and message else "The agent ended without saying why."
-    return Ending(TaskStatus.FAILED, TaskError(code=code, message=text, remedy=REMEDIES[code]), summary, usage)
+    return Ending(TaskStatus.FAILED, TaskError(code=code, message=text, remedy=REMEDIES[code]), summary, usage, model)
 
 
 class LogReader:

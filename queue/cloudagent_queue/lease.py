@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -82,7 +82,7 @@ class Lease:
         self.signals = signals
 
     @contextmanager
-    def interruptible(self, interrupt: Callable[[], None]) -> Iterator[None]:
+    def interruptible(self, interrupt: Callable[[], None]) -> Generator[None]:
         """While the block runs, a cancel calls `interrupt` from the lease's thread, once.
 
         For work that waits on one long call and cannot look at `signals` itself.

@@ -36,6 +36,7 @@ from cloudagent_storage.records import (
     TaskError,
     TaskErrorCode,
     TaskStatus,
+    Usage,
     Verdict,
     VerifyResult,
     new_id,
@@ -146,6 +147,7 @@ class Attempt:
         self.result = Result()
         self.verdict = Verdict.UNVERIFIED
         self.usage = claim.task.usage
+        self.sandbox_since: float | None = None
 
     # -- the steps ------------------------------------------------------------------------------------------------
 
@@ -188,7 +190,7 @@ class Attempt:
                     self.end("sandbox_lost", "The sandbox died while the agent was working.", SandboxGone.remedy)
                 return False
             if self.claim.task.phase in (Phase.AGENT, Phase.SAVE, Phase.VERIFY):
-                self.sandbox = sandbox
+                self.sandbox, self.sandbox_since = sandbox, time.monotonic()
                 self.agent_has_run = True
                 self.note(f"Attempt {self.claim.attempt} goes on in the same sandbox.")
                 if self.claim.task.phase is Phase.AGENT and read_result(sandbox) is None and not sandbox.alive():
@@ -207,7 +209,7 @@ class Attempt:
         self.tasks.update(self.task_id, self.claim.attempt, sandbox_nonce=nonce)
         provider = self.provider()
         metadata = {"deployment": self.worker.deployment, "task": self.task_id, "nonce": nonce}
-        self.sandbox = provider.create(metadata=metadata)
+        self.sandbox, self.sandbox_since = provider.create(metadata=metadata), time.monotonic()
         self.tasks.update(self.task_id, self.claim.attempt, sandbox_id=self.sandbox.id, provider=provider.name)
         self.note(f"Sandbox ready: {provider.name}.")
 
@@ -283,7 +285,7 @@ class Attempt:
             if events := reader.read():
                 last_event = now
             if events or reader.moved:
-                self.usage = reader.usage(self.usage)
+                self.usage = self.whole_usage(reader.usage(self.usage))
                 signals = self.tasks.follow(
                     self.task_id,
                     self.claim.attempt,
@@ -405,6 +407,8 @@ class Attempt:
             error = error.model_copy(update={"message": self.redactor.text(error.message)})
         level = Level.INFO if ending.status is TaskStatus.COMPLETED else Level.WARNING
         self.lease.check()
+        if ending.model is not None and self.spec.model is None:
+            self.tasks.update(self.task_id, self.claim.attempt, model=ending.model)
         self.tasks.finish(
             self.task_id,
             self.claim.attempt,
@@ -412,13 +416,18 @@ class Attempt:
             verdict=self.verdict if ending.status is TaskStatus.COMPLETED else None,
             result=self.result.model_copy(update={"summary": summary}) if self.agent_has_run else None,
             error=error,
-            usage=ending.usage_over(self.usage),
+            usage=self.whole_usage(ending.usage or self.usage),
             events=[
                 EventDraft(
                     kind="status", message=f"{ending.status.value.capitalize()}. {ending.why}".strip(), level=level
                 )
             ],
         )
+
+    def whole_usage(self, said: Usage) -> Usage:
+        """What the agent said that it used, with the time of the sandbox in every attempt that held it."""
+        held = 0.0 if self.sandbox_since is None else time.monotonic() - self.sandbox_since
+        return said.model_copy(update={"sandbox_seconds": round(self.claim.task.usage.sandbox_seconds + held, 3)})
 
     def discard_sandbox(self) -> None:
         """After the finish: a worker that dies here leaves an orphan, which the sweeper finds."""

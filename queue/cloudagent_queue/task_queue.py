@@ -206,5 +206,6 @@ class TaskQueue:
         if self._redis is not None:
             self._redis.connection_pool.disconnect()
         else:
-            self._huey.storage.waker.close()
-            self._huey.storage.close()
+            storage: Any = self._huey.storage
+            storage.waker.close()
+            storage.close()

@@ -1,0 +1,159 @@
+"""Claude Code as the agent: what it needs of its user's environment, and the files that runner.py reads and writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from cloudagent_queue.agents import REPOSITORY_FOLDER, RUN_FOLDER
+from cloudagent_queue.sandboxes import Sandbox
+from cloudagent_storage.errors import CredentialMissing
+from cloudagent_storage.records import TaskSpec
+
+RUNNER = f"{RUN_FOLDER}/runner.py"
+SESSION = f"{RUN_FOLDER}/session.json"
+SESSION_MAX = 120_000_000
+"""Bytes of the session's document; the runner takes 50 MB of files, and JSON makes them longer."""
+
+CHECKPOINT_S = 180.0
+INSTRUCTIONS = """\
+You work unattended, in a sandbox that is deleted afterwards. Nobody answers questions: decide yourself, and say in \
+your last message what you decided. Your user may send messages while you work.
+What counts is the state of the git repository in your working directory: whatever git does not ignore there is \
+handed over, committed or not. Stay on the branch that is checked out, and do not push: that is done for you. Before \
+you finish, end every process that you left running in the background."""
+
+CREDENTIALS = (
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_AUTH_TOKEN",
+    "CLAUDE_CODE_OAUTH_TOKEN",
+    "CLAUDE_CODE_USE_BEDROCK",
+    "CLAUDE_CODE_USE_VERTEX",
+    "CLAUDE_CODE_USE_FOUNDRY",
+)
+"""One of them is enough. The last three say that a cloud's own variables, which differ by set-up, do it."""
+
+ENVIRONMENT = (
+    *CREDENTIALS,
+    "ANTHROPIC_BASE_URL",
+    "ANTHROPIC_CUSTOM_HEADERS",
+    "ANTHROPIC_MODEL",
+    "ANTHROPIC_DEFAULT_FABLE_MODEL",
+    "ANTHROPIC_DEFAULT_OPUS_MODEL",
+    "ANTHROPIC_DEFAULT_SONNET_MODEL",
+    "ANTHROPIC_DEFAULT_HAIKU_MODEL",
+    "ANTHROPIC_SMALL_FAST_MODEL",
+    "CLAUDE_CODE_SUBAGENT_MODEL",
+    "CLAUDE_CODE_EFFORT_LEVEL",
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
+    "CLAUDE_CODE_MAX_RETRIES",
+    "MAX_THINKING_TOKENS",
+    "API_TIMEOUT_MS",
+    # Amazon Bedrock
+    "AWS_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_BEARER_TOKEN_BEDROCK",
+    "ANTHROPIC_BEDROCK_BASE_URL",
+    "ANTHROPIC_SMALL_FAST_MODEL_AWS_REGION",
+    "CLAUDE_CODE_SKIP_BEDROCK_AUTH",
+    # Google Vertex AI; a file of credentials would be out of reach for the sandbox
+    "CLOUD_ML_REGION",
+    "ANTHROPIC_VERTEX_PROJECT_ID",
+    "ANTHROPIC_VERTEX_BASE_URL",
+    "CLAUDE_CODE_SKIP_VERTEX_AUTH",
+    # Microsoft Foundry
+    "ANTHROPIC_FOUNDRY_API_KEY",
+    "ANTHROPIC_FOUNDRY_BASE_URL",
+    "ANTHROPIC_FOUNDRY_RESOURCE",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+)
+
+_SECRET = re.compile(r"(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|TOKEN_BEDROCK)$")
+_SHORTEST_SECRET = 8
+_SESSION_FILE = re.compile(r"[\w-]+/[\w-]+(\.jsonl|(/\w[\w.-]*)+)")
+
+
+class Claude:
+    """Claude Code, driven by runner.py inside the sandbox."""
+
+    name = "claude"
+    environment: Sequence[str] = ENVIRONMENT
+
+    def check_credential(self, env: Mapping[str, str]) -> None:
+        """Raises `CredentialMissing` when nothing in `env` lets Claude Code reach a model. Asks no one."""
+        if not any(env.get(name, "").strip() not in ("", "0", "false") for name in CREDENTIALS):
+            raise CredentialMissing
+
+    def secrets(self, env: Mapping[str, str]) -> Sequence[str]:
+        """The values in `env` that must never be seen in a log; those too short to be told from words are left out."""
+        found = {value for name, value in env.items() if _SECRET.search(name)}
+        for header in env.get("ANTHROPIC_CUSTOM_HEADERS", "").splitlines():
+            value = header.partition(":")[2].strip()
+            found |= {value, value.removeprefix("Bearer ")}
+        for name, value in env.items():
+            if name.lower().endswith("_proxy") and (login := re.search(r"//([^/@]*)@", value)):
+                found |= {login[1], login[1].partition(":")[2]}
+        return sorted(value for value in found if len(value) >= _SHORTEST_SECRET)
+
+    def install(self, sandbox: Sandbox, spec: TaskSpec, *, request: Mapping[str, Any]) -> None:
+        """Put runner.py and its request.json in place. What `request` says wins over `spec`."""
+        sandbox.write(RUNNER, (Path(__file__).parents[1] / "runner.py").read_bytes())
+        whole = {
+            "prompt": spec.prompt,
+            "cwd": REPOSITORY_FOLDER,
+            "resume": None,
+            "model": spec.model,
+            "max_turns": spec.max_turns,
+            "max_budget_usd": spec.max_budget_usd,
+            "checkpoint_seconds": CHECKPOINT_S,
+            "system_append": INSTRUCTIONS,
+            **request,
+        }
+        sandbox.write(f"{RUN_FOLDER}/request.json", json.dumps(whole).encode())
+
+    def start(self, sandbox: Sandbox, *, env: Mapping[str, str]) -> None:
+        """Start the runner, detached."""
+        # Claude Code's own number of retries stays: an overloaded API can take minutes to recover, and the runner
+        # ends at once when the credential is refused.
+        sandbox.start([sandbox.python, RUNNER], env=env)
+
+    def tell(self, sandbox: Sandbox, message_id: str, message: Mapping[str, Any]) -> None:
+        """Put a message into the inbox. One of the kind "message" reaches the agent once, however often it is put."""
+        sandbox.write(f"{RUN_FOLDER}/inbox/{message_id}.json", json.dumps(message).encode())
+
+    def session(self, sandbox: Sandbox) -> bytes | None:
+        """`{"session_id", "files": {path below Claude Code's projects folder: text}}`, or None when there is none.
+
+        The paths name a folder and a file of a session there and nothing else; the texts are untrusted.
+        """
+        if sandbox.run([sandbox.python, RUNNER, "session"], timeout_s=60).exit_code != 0:
+            return None
+        data = sandbox.read(SESSION, max_bytes=SESSION_MAX)
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            return None
+        return data if _is_session(found) else None
+
+
+def _is_session(found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    session = cast(dict[str, Any], found)
+    session_id, files = session.get("session_id"), session.get("files")
+    if not isinstance(session_id, str) or not isinstance(files, dict) or not files:
+        return False
+    return all(
+        _SESSION_FILE.fullmatch(path) and ".." not in path and isinstance(text, str)
+        for path, text in cast(dict[str, Any], files).items()
+    )

@@ -1,0 +1,33 @@
+"""The repository, in and out: a bundle goes in, a bundle comes out, whatever the source.
+
+address.py       which addresses and refs are accepted
+working_tree.py  a folder of the user's, with what is not committed yet -> bundle
+remote.py        an https or ssh address -> bundle, through a cache
+sandbox.py       bundle -> the agent's working tree -> bundle; verify
+inside.py        the part of that which runs in the sandbox
+bundles.py       a bundle's header, and the quarantine in which a hostile one is looked at
+"""
+
+from cloudagent_queue.repository.address import check_address, check_ref, is_remote
+from cloudagent_queue.repository.bundles import ChangedFile, Changes, Quarantine, inspect
+from cloudagent_queue.repository.remote import fetch_remote
+from cloudagent_queue.repository.sandbox import check_out, collect, run_setup, verify
+from cloudagent_queue.repository.working_tree import LocalRepository, WorkingTree, bundle_working_tree
+
+__all__ = [
+    "ChangedFile",
+    "Changes",
+    "LocalRepository",
+    "Quarantine",
+    "WorkingTree",
+    "bundle_working_tree",
+    "check_address",
+    "check_out",
+    "check_ref",
+    "collect",
+    "fetch_remote",
+    "inspect",
+    "is_remote",
+    "run_setup",
+    "verify",
+]

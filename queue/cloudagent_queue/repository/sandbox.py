@@ -1,0 +1,117 @@
+"""The repository in a sandbox: a bundle in, a bundle out. git runs inside; the host only writes and reads files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cloudagent_queue.agents import REPOSITORY_FOLDER, RUN_FOLDER
+from cloudagent_queue.repository.bundles import BASE_BRANCH, BUNDLE_LIMIT, empty_repository, read_header
+from cloudagent_queue.repository.inside import NOTHING
+from cloudagent_queue.sandboxes import CommandResult, Sandbox
+from cloudagent_storage.errors import SandboxError
+from cloudagent_storage.records import VerifyResult
+
+VERIFY_FOLDER = "verify"
+VERIFY_HOME = "verify-home"
+OUTPUT_LIMIT = 8192
+"""How much of the end of a command's output is kept, in characters."""
+
+_INSIDE = Path(__file__).with_name("inside.py")
+_GIT_WITHIN_S = 600.0
+
+
+def check_out(sandbox: Sandbox, *, bundle: bytes | None, base_sha: str | None, branch: str) -> str:
+    """Put a bundle into the sandbox's `repository/`, on `branch`, and tell the commit that it starts from.
+
+    Without a bundle the repository is empty; without `base_sha` it starts from the bundle's one ref. What was in that
+    folder is deleted. Raises `SandboxError` for a bundle that git does not accept.
+    """
+    if bundle is None:
+        bundle, base_sha = empty_repository()
+    object_format, base = _start_of(bundle)
+    base_sha = base_sha or base
+    sandbox.write(f"{RUN_FOLDER}/input.bundle", bundle)
+    _run_inside(sandbox, "check_out", {"base": base_sha, "branch": branch, "object_format": object_format})
+    return base_sha
+
+
+def collect(sandbox: Sandbox, *, base_sha: str, branch: str, message: str) -> bytes | None:
+    """Everything that the agent did since `check_out` as a bundle of `base..branch`; None when nothing changed.
+
+    The agent's own commits are in it, and one more, with `message`, for what it left uncommitted. The result is what is
+    checked out at the end, on whatever branch; with a broken repository it is the files alone. No process of the agent
+    may be left. Untrusted: look at it with `inspect`.
+    """
+    object_format = "sha256" if len(base_sha) == 64 else "sha1"
+    request = {"base": base_sha, "branch": branch, "message": message, "object_format": object_format}
+    if _run_inside(sandbox, "collect", request) == NOTHING:
+        return None
+    bundle = sandbox.read(f"{RUN_FOLDER}/out.bundle", max_bytes=BUNDLE_LIMIT + 1)
+    if not bundle:
+        raise SandboxError("The sandbox gave no result.")
+    if len(bundle) > BUNDLE_LIMIT:
+        raise SandboxError("The result is larger than 200 MB.", remedy="Have the agent commit no large files.")
+    return bundle
+
+
+def verify(
+    sandbox: Sandbox,
+    *,
+    input_bundle: bytes | None,
+    result_bundle: bytes | None,
+    base_sha: str | None = None,
+    branch: str,
+    command: str,
+    timeout_s: float,
+) -> VerifyResult:
+    """Run the user's command in a fresh clone of the result, with a fresh home. Without a result the base is checked.
+
+    The bundles are those that were saved, not what lies in the sandbox. No process of the agent may be left.
+    Raises `SandboxError` when it could not be run at all.
+    """
+    if input_bundle is None:
+        input_bundle, _ = empty_repository()
+    object_format, base = _start_of(input_bundle)
+    tip = base_sha or base
+    sandbox.write(f"{RUN_FOLDER}/verify-input.bundle", input_bundle)
+    if result_bundle is not None:
+        sandbox.write(f"{RUN_FOLDER}/verify-result.bundle", result_bundle)
+        ((tip, _),) = read_header(result_bundle).refs
+    request = {"tip": tip, "branch": branch, "object_format": object_format, "result": result_bundle is not None}
+    _run_inside(sandbox, "clone", request)
+    done = sandbox.run(["/bin/sh", "-c", command], timeout_s=timeout_s, cwd=VERIFY_FOLDER, home=VERIFY_HOME)
+    return VerifyResult(command=command, exit_code=done.exit_code, output=done.output[-OUTPUT_LIMIT:])
+
+
+def run_setup(sandbox: Sandbox, command: str, timeout_s: float) -> CommandResult:
+    """Run the user's set-up command in the agent's working tree."""
+    done = sandbox.run(["/bin/sh", "-c", command], timeout_s=timeout_s, cwd=REPOSITORY_FOLDER)
+    return CommandResult(exit_code=done.exit_code, output=done.output[-OUTPUT_LIMIT:])
+
+
+def _start_of(bundle: bytes) -> tuple[str, str]:
+    """The object format of an input bundle, and its one commit."""
+    try:
+        header = read_header(bundle)
+        ((commit, ref),) = header.refs
+        if ref != BASE_BRANCH or header.prerequisites:
+            raise ValueError("not an input bundle")
+    except ValueError as error:
+        raise SandboxError("What was to be put into the sandbox is no bundle of a repository.") from error
+    return header.object_format, commit
+
+
+def _run_inside(sandbox: Sandbox, action: str, request: dict[str, Any]) -> int:
+    # Written anew each time: the agent may have changed it. The request goes through a file, since process lists are
+    # seen by everyone in the sandbox.
+    sandbox.write(f"{RUN_FOLDER}/inside.py", _INSIDE.read_bytes())
+    sandbox.write(f"{RUN_FOLDER}/git.json", json.dumps(request).encode())
+    script = f"{sandbox.root}/{RUN_FOLDER}/inside.py"
+    done = sandbox.run([sandbox.python, "-I", script, action], timeout_s=_GIT_WITHIN_S)
+    if done.exit_code is None:
+        raise SandboxError("git did not end in time in the sandbox.")
+    if done.exit_code not in (0, NOTHING):
+        raise SandboxError("git failed in the sandbox.", remedy="Is git installed in the sandbox?")
+    return done.exit_code

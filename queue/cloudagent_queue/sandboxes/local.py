@@ -1,0 +1,433 @@
+"""Sandboxes on this machine: bubblewrap around ordinary processes, or, when an operator says so, nothing around them.
+
+A sandbox is a folder of the host's:
+
+    <id>/meta.json       metadata; a folder of this name always has one
+    <id>/started.jsonl   the record of the started command (see processes.py), run_*.jsonl those of `run`
+    <id>/output.log      what the started command printed
+    <id>/root/           all that the processes inside can write to
+
+Isolation is that of Linux namespaces: the kernel, and for now the network, are shared with the host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from cloudagent_queue.sandboxes import CommandResult, SandboxInfo, processes, safe_files
+from cloudagent_queue.sandboxes.bubblewrap import Bubblewrap, find_bubblewrap, isolation, library_path
+from cloudagent_storage.errors import SandboxError, SandboxGone, SandboxUnavailable, SandboxUnreachable
+from cloudagent_storage.records import new_id
+
+SANDBOX_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+INSIDE_ROOT = "/sandbox"
+
+NO_SUCH_COMMAND = 127
+"""The exit code of a command that cannot be executed, as shells have it."""
+
+_RUN_MARKER = "CLOUDAGENT_RUN"
+_ID = re.compile(r"sbx_[a-z2-7]{26}")
+_ABANDONED_AFTER_S = 3600.0
+_STOP_PATIENCE_S = 2.0
+
+
+class LocalSandbox(ABC):
+    """A sandbox of this machine. What surrounds its processes is said by the two classes below."""
+
+    python = sys.executable
+
+    def __init__(self, folder: Path) -> None:
+        self.id = folder.name
+        self._folder = folder
+        self._files = folder / "root"
+        self._started = processes.Record(folder / "started.jsonl", marker=self.id)
+        self.root = str(self._files)
+
+    def start(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
+        """Start the one command of this sandbox's life. Raises `SandboxError` when it was started before."""
+        self._check_exists()
+        home = self._path_inside(safe_files.check_folder(self._files, "home", create=True))
+        try:
+            with self._started.new() as record, open(self._folder / "output.log", "ab") as output:
+                child = self._launch(
+                    command, record, env=self._environment(env, home=home), cwd="", output=output, run_id=None
+                )
+        except FileExistsError:
+            raise SandboxError("The sandbox has run its command already.") from None
+        except OSError as error:
+            self._check_exists()
+            raise SandboxUnreachable("The host could not start a process in the sandbox.") from error
+        processes.let_run(child)
+        if not self._started.settle(child):
+            raise SandboxUnavailable
+
+    def alive(self) -> bool:
+        processes.reap()
+        self._check_exists()
+        return self._started.alive()
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        timeout_s: float,
+        env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        home: str | None = None,
+    ) -> CommandResult:
+        """Run a command to its end; whatever it leaves running ends with it.
+
+        Raises `SandboxError` when `cwd` or `home` is no folder below the root.
+        """
+        self._check_exists()
+        deadline = time.monotonic() + timeout_s
+        cwd = safe_files.check_folder(self._files, cwd)
+        home = self._path_inside(safe_files.check_folder(self._files, home or "home", create=True))
+        run_id = secrets.token_hex(8)
+        environment = self._environment(env or {}, home=home)
+        run = processes.Record(self._folder / f"run_{run_id}.jsonl", marker=self.id)
+        try:
+            with run.new() as record:
+                child = self._launch(command, record, env=environment, cwd=cwd, output=subprocess.PIPE, run_id=run_id)
+        except OSError as error:
+            self._check_exists()
+            raise SandboxUnreachable("The host could not start a process in the sandbox.") from error
+        assert child.stdout is not None
+        with child.stdout:
+            output = processes.BoundedOutput(child.stdout)
+            try:
+                run.settle(child)
+                in_time = output.follow(child, deadline)
+            finally:
+                processes.let_run(child)  # reaped later, should ending it fail
+                self._end_run(run, run_id)
+                child.kill()  # where somebody killed the sandbox meanwhile, its record is gone
+                exit_code = child.wait()
+                ended = run.read()
+                run.path.unlink(missing_ok=True)
+            output.drain()
+        if not in_time:
+            return CommandResult(exit_code=None, output=output.text())
+        if not self._began(ended):
+            self._check_exists()
+            # Nothing of the sandbox's ran, so these are the words of bubblewrap.
+            if not output.text().startswith("bwrap: execvp "):
+                raise SandboxError("The command could not be started in the sandbox.")
+            exit_code = NO_SUCH_COMMAND
+        return CommandResult(exit_code=exit_code if exit_code >= 0 else 128 - exit_code, output=output.text())
+
+    def output(self, *, max_bytes: int = 40_000) -> bytes:
+        """The end of what the started command printed. Untrusted."""
+        try:
+            with open(self._folder / "output.log", "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - max_bytes))
+                return file.read(max_bytes)
+        except FileNotFoundError:
+            self._check_exists()
+            return b""
+
+    def read(self, path: str, *, offset: int = 0, max_bytes: int) -> bytes:
+        return safe_files.read(self._files, path, offset=offset, max_bytes=max_bytes)
+
+    def write(self, path: str, data: bytes) -> None:
+        safe_files.write(self._files, path, data)
+
+    def extend(self, seconds: float) -> None:
+        """Nothing to ask for: a sandbox of this machine stays until it is killed."""
+        self._check_exists()
+
+    def end_processes(self) -> None:
+        self._check_exists()
+        self._end_all()
+
+    def kill(self) -> None:
+        self._end_all()
+        gone = self._folder.with_name(f".gone_{self.id}")
+        with suppress(FileNotFoundError):
+            self._folder.rename(gone)
+        # From here on nobody finds it; what a crash or a failing disk leaves of it is removed by `list`.
+        with suppress(OSError):
+            safe_files.remove_tree(gone)
+
+    @abstractmethod
+    def stop(self) -> None: ...
+
+    @abstractmethod
+    def _launch(
+        self,
+        command: Sequence[str],
+        record: int,
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        output: int | IO[bytes],
+        run_id: str | None,
+    ) -> subprocess.Popen[bytes]:
+        """Start a process in the sandbox; without a `run_id` it outlives us."""
+
+    def _began(self, ended: Mapping[str, Any]) -> bool:
+        """Did the command of a record get as far as running?"""
+        return True
+
+    def _end_run(self, run: processes.Record, run_id: str) -> None:
+        run.kill()
+
+    def _end_all(self) -> None:
+        for path in self._folder.glob("*.jsonl"):
+            processes.Record(path, marker=self.id).kill()
+
+    def _environment(self, env: Mapping[str, str], *, home: str) -> dict[str, str]:
+        whole = {
+            "PATH": SANDBOX_PATH,
+            "HOME": home,
+            "LANG": "C.UTF-8",
+            "TMPDIR": "/tmp",
+            "IS_SANDBOX": "1",  # the Claude CLI works as root only where it is told that this is a sandbox
+            **env,
+            processes.MARKER: self.id,
+        }
+        if any(not name or "=" in name or "\0" in name + value for name, value in whole.items()):
+            raise SandboxError("A variable of the environment has an impossible name or value.")
+        return whole
+
+    def _path_inside(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root
+
+    def _check_exists(self) -> None:
+        if not self._folder.is_dir():
+            raise SandboxGone
+
+
+class BubblewrapSandbox(LocalSandbox):
+    """Own user, pid, ipc and uts namespaces, and of the host's files only what is named here, read-only."""
+
+    def __init__(self, folder: Path, bubblewrap: Callable[[], Bubblewrap]) -> None:
+        super().__init__(folder)
+        self.root = INSIDE_ROOT
+        self._bubblewrap = bubblewrap
+
+    def stop(self) -> None:
+        # The first process of a pid namespace ignores SIGTERM and passes nothing on: the command must get it itself.
+        self._check_exists()
+        deadline = time.monotonic() + _STOP_PATIENCE_S
+        while self._started.alive() and time.monotonic() < deadline:
+            with self._started.process() as process:
+                if process is not None and processes.terminate_first_child(process[0]):
+                    return
+            time.sleep(0.01)  # bubblewrap has not come as far as the command yet
+
+    def _began(self, ended: Mapping[str, Any]) -> bool:
+        return "exit-code" in ended
+
+    def _launch(
+        self,
+        command: Sequence[str],
+        record: int,
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        output: int | IO[bytes],
+        run_id: str | None,
+    ) -> subprocess.Popen[bytes]:
+        uid, gid = os.geteuid(), os.getegid()
+        user = "root" if uid == 0 else "agent"
+        passwd = f"{user}:x:{uid}:{gid}::{self._path_inside('home')}:/bin/sh\n"
+        with _another(record) as lock, _in_memory(passwd) as users, _in_memory(f"{user}:x:{gid}:\n") as groups:
+            arguments = [
+                *isolation(hidden=self._folder.parent.parent),
+                *["--ro-bind-data", str(users), "/etc/passwd", "--ro-bind-data", str(groups), "/etc/group"],
+                *["--bind", str(self._files), INSIDE_ROOT],
+                *["--chdir", self._path_inside(cwd)],
+                # bubblewrap's outer process keeps the record open, the first one inside the lock.
+                *["--json-status-fd", str(record), "--sync-fd", str(lock)],
+                *([] if run_id is None else ["--die-with-parent"]),
+            ]
+            library = library_path()
+            for name, value in (env if library is None else {"PYTHONPATH": library, **env}).items():
+                arguments += ["--setenv", name, value]
+            # Through a descriptor: process lists are public. bubblewrap itself runs without the caller's variables,
+            # which could make the host's loader load something.
+            with _in_memory("".join(f"{argument}\0" for argument in arguments)) as file:
+                return processes.launch(
+                    [self._bubblewrap().path, "--args", str(file), "--", *command],
+                    env={processes.MARKER: self.id, "LANG": "C.UTF-8"},
+                    output=output,
+                    keep_open=(file, record, lock, users, groups),
+                )
+
+
+class UnsafeProcessSandbox(LocalSandbox):
+    """No isolation at all: processes of this user, recognised by a variable in their environment."""
+
+    def stop(self) -> None:
+        self._check_exists()
+        with self._started.process() as process:
+            if process is not None:
+                processes.terminate(process[1])
+
+    def _end_run(self, run: processes.Record, run_id: str) -> None:
+        run.kill()
+        processes.kill_marked(run_id, name=_RUN_MARKER)
+
+    def _end_all(self) -> None:
+        super()._end_all()
+        processes.kill_marked(self.id)
+
+    def _launch(
+        self,
+        command: Sequence[str],
+        record: int,
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        output: int | IO[bytes],
+        run_id: str | None,
+    ) -> subprocess.Popen[bytes]:
+        if run_id is not None:
+            env = {**env, _RUN_MARKER: run_id}
+        return processes.launch(command, env=env, output=output, cwd=self._path_inside(cwd), write_pid_to=record)
+
+
+class _FolderProvider(ABC):
+    """What both providers of this module share: a folder with one folder per sandbox in it."""
+
+    name: str
+    session_cap_s: float | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def create(self, *, metadata: Mapping[str, str]) -> LocalSandbox:
+        self.self_check()
+        sandbox_id = new_id("sbx")
+        about = {"provider": self.name, "created": datetime.now(UTC).isoformat(), "metadata": dict(metadata)}
+        # Renamed when complete, so that a folder of a sandbox's name always has its metadata.
+        fresh = self._folder / f".new_{sandbox_id}"
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fresh.mkdir(mode=0o700)
+            (fresh / "root").mkdir(mode=0o700)
+            (fresh / "meta.json").write_text(json.dumps(about))
+            return self._sandbox(fresh.rename(self._folder / sandbox_id))
+        except OSError as error:
+            raise SandboxUnavailable(
+                "The data folder takes no new sandbox.",
+                remedy="Check CLOUDAGENT_HOME: its owner, its permissions and the free space on its disk.",
+            ) from error
+
+    def connect(self, sandbox_id: str) -> LocalSandbox:
+        about = self._about(self._folder / sandbox_id) if _ID.fullmatch(sandbox_id) else None
+        if about is None:
+            raise SandboxGone
+        if about["provider"] != self.name:
+            raise SandboxUnreachable("The sandbox belongs to another provider.")
+        return self._sandbox(self._folder / sandbox_id)
+
+    def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
+        found: list[SandboxInfo] = []
+        if not self._folder.is_dir():
+            return found
+        for folder in sorted(self._folder.iterdir()):
+            if not _ID.fullmatch(folder.name):
+                _remove_abandoned(folder)
+            elif (about := self._about(folder)) and about["provider"] == self.name:
+                if metadata.items() <= about["metadata"].items():
+                    found.append(SandboxInfo(id=folder.name, metadata=about["metadata"]))
+        return found
+
+    @abstractmethod
+    def self_check(self) -> str: ...
+
+    @abstractmethod
+    def _sandbox(self, folder: Path) -> LocalSandbox: ...
+
+    def _about(self, folder: Path) -> dict[str, Any] | None:
+        with suppress(FileNotFoundError):
+            return json.loads((folder / "meta.json").read_text())
+        return None
+
+
+class LocalProvider(_FolderProvider):
+    """Sandboxes made by bubblewrap."""
+
+    name = "local"
+
+    def __init__(self, folder: Path, *, bubblewraps: Sequence[tuple[str, str]] | None = None) -> None:
+        """`bubblewraps` are the programs to try, as (path, origin); left out, the system's and the bundled one."""
+        super().__init__(folder.absolute())
+        self._candidates = bubblewraps
+        self._found: Bubblewrap | None = None
+
+    def self_check(self) -> str:
+        return self._bubblewrap().description
+
+    def _bubblewrap(self) -> Bubblewrap:
+        if self._found is None:
+            self._found = find_bubblewrap(self._candidates)
+        return self._found
+
+    def _sandbox(self, folder: Path) -> LocalSandbox:
+        return BubblewrapSandbox(folder, self._bubblewrap)
+
+
+class UnsafeProcessProvider(_FolderProvider):
+    """No sandbox: ordinary processes of this user. Only for a machine that one can afford to lose."""
+
+    name = "unsafe-process"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder.absolute())
+
+    def self_check(self) -> str:
+        if sys.platform != "linux":
+            raise SandboxUnavailable(
+                "Agents cannot run as plain processes on this operating system yet.",
+                remedy="Run cloudagent on Linux, for example in a virtual machine, or use a remote sandbox provider.",
+            )
+        return "no sandbox: agents run as processes of this user"
+
+    def _sandbox(self, folder: Path) -> LocalSandbox:
+        return UnsafeProcessSandbox(folder)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a sandbox that was half made or half deleted when its worker died. After an hour nobody is at it."""
+    if folder.name.startswith((".new_sbx_", ".gone_sbx_")):
+        with suppress(OSError):
+            if time.time() - folder.lstat().st_ctime > _ABANDONED_AFTER_S:
+                safe_files.remove_tree(folder)
+
+
+@contextmanager
+def _another(file: int) -> Generator[int]:
+    copy = os.dup(file)
+    try:
+        yield copy
+    finally:
+        os.close(copy)
+
+
+@contextmanager
+def _in_memory(content: str) -> Generator[int]:
+    """An open file that is on no disk."""
+    file = os.memfd_create("cloudagent", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(file, "wb", closefd=False) as stream:
+            stream.write(os.fsencode(content))
+        os.lseek(file, 0, os.SEEK_SET)
+        yield file
+    finally:
+        os.close(file)

@@ -1,0 +1,48 @@
+"""The store: the truth about every task. One file per noun; what users may ask takes their account, always."""
+
+from __future__ import annotations
+
+from cloudagent_storage.store.accounts import Accounts
+from cloudagent_storage.store.blobs import MAX_BLOB_BYTES, Blobs
+from cloudagent_storage.store.database import Database
+from cloudagent_storage.store.events import Events
+from cloudagent_storage.store.messages import Messages
+from cloudagent_storage.store.tasks import Changes, Tasks
+
+__all__ = ["MAX_BLOB_BYTES", "Changes", "Store"]
+
+
+class Store:
+    """Everything that is kept, in one database. Safe to use from any thread.
+
+    Each call is one transaction, and holds a connection only for its length. Every one of them raises
+    `DatabaseUnavailable` when the database does not answer in time; what it was to do may then be tried again.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.accounts = Accounts(database)
+        self.tasks = Tasks(database)
+        self.events = Events(database)
+        self.blobs = Blobs(database)
+        self.messages = Messages(database)
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """The store at `sqlite:////absolute/path.db` or `postgresql://…`; nothing is connected to yet.
+
+        Raises `DatabaseUnavailable` when the address is of neither kind.
+        """
+        return cls(Database(url))
+
+    def migrate(self) -> None:
+        """Bring the tables up to date. Any number of processes may do so at once; one works, the others wait."""
+        self._database.migrate()
+
+    def check(self) -> None:
+        """Raises `DatabaseUnavailable` when the database does not answer."""
+        self._database.check()
+
+    def close(self) -> None:
+        """Close every connection, also those in use. A call after it connects again."""
+        self._database.close()

@@ -1,0 +1,57 @@
+"""The large things that belong to a task: bundles, the diff, the session."""
+
+# pyright: basic
+from __future__ import annotations
+
+import zlib
+
+from cloudagent_storage.errors import RepositoryTooLarge, TaskNotFound
+from cloudagent_storage.records import BlobKind
+from cloudagent_storage.store.database import Database
+from cloudagent_storage.store.row import change, change_held, find
+
+MAX_BLOB_BYTES = 200_000_000
+"""The size that a blob may have, before it is compressed."""
+
+
+def packed(data: bytes) -> bytes:
+    """A blob as its row keeps it. Raises `RepositoryTooLarge`."""
+    if len(data) > MAX_BLOB_BYTES:
+        raise RepositoryTooLarge()
+    return zlib.compress(data)
+
+
+def write_blob(db: Database, task_id: str, kind: BlobKind, data: bytes, size: int) -> None:
+    """Write a packed blob in the place of an earlier one, within the caller's transaction."""
+    rows = db.tables.blobs
+    insert = rows.insert(task_id=task_id, kind=kind, data=data, size=size)
+    insert.on_conflict(conflict_target=[rows.task_id, rows.kind], preserve=[rows.data, rows.size]).execute()
+
+
+class Blobs:
+    """The blobs of tasks; one of each kind."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def put(self, task_id: str, kind: BlobKind, data: bytes, *, attempt: int | None) -> None:
+        """Keep a blob, in the place of an earlier one.
+
+        A worker passes its `attempt`, and `LeaseLost` is raised when it has the task no more. Raises `TaskNotFound`,
+        and `RepositoryTooLarge` past `MAX_BLOB_BYTES`.
+        """
+        data, size = packed(data), len(data)
+        with self._db.writing():
+            if attempt is not None:
+                change_held(self._db, task_id, attempt)
+            elif change(self._db, task_id, self._db.tables.tasks.task_id == task_id) is None:
+                raise TaskNotFound()
+            write_blob(self._db, task_id, kind, data, size)
+
+    def get(self, account_id: str, task_id: str, kind: BlobKind) -> bytes | None:
+        """A blob of an account's task, or None where there is none. Raises `TaskNotFound`."""
+        rows = self._db.tables.blobs
+        with self._db.reading():
+            find(self._db, account_id, task_id, columns=[self._db.tables.tasks.task_id])
+            row = rows.select(rows.data).where(rows.task_id == task_id, rows.kind == kind).first()
+        return None if row is None else zlib.decompress(row.data)

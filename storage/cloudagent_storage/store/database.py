@@ -1,0 +1,203 @@
+"""One database: its connections, transactions, clock and errors. How SQLite and Postgres differ is told here."""
+
+# pyright: basic
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peewee
+import psycopg2
+from filelock import FileLock, Timeout
+from playhouse.migrations import MigrationError, Runner
+from playhouse.pool import MaxConnectionsExceeded, PooledPostgresqlDatabase, PooledSqliteDatabase
+from psycopg2.extensions import parse_dsn
+
+from cloudagent_storage.errors import DatabaseUnavailable, Internal
+from cloudagent_storage.tables import Tables
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS = 20
+"""Per process. A connection is held for one transaction, so that many more threads can share them."""
+WAIT_S = 10
+"""The longest wait for a connection, and for another transaction's lock."""
+MIGRATE_WAIT_S = 120
+"""The longest wait for another process that migrates."""
+MIGRATIONS = Path(__file__).parent.parent / "migrations"
+MIGRATION_LOCK = 7_166_025_518_011_390_465
+"""The advisory lock's number: `cloudagent` shares a server with whoever else takes such locks."""
+
+SERVER_SETTINGS = {
+    "TimeZone": "UTC",
+    "statement_timeout": "30s",
+    "lock_timeout": f"{WAIT_S}s",
+    # A worker that is stopped in the middle of a transaction must not keep its row locked from the next attempt.
+    "idle_in_transaction_session_timeout": "15s",
+}
+# A network that swallows packets must not hold a thread for the hours that TCP allows.
+PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+
+NOW_SQLITE = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
+LATER_SQLITE = "strftime('%Y-%m-%d %H:%M:%f', 'now', ?)"
+AFTER_SQLITE = "strftime('%Y-%m-%d %H:%M:%f', max(created_at), '+0.001 seconds')"
+
+
+class Database:
+    """The connections to one database, and the tables in it.
+
+    Raises `DatabaseUnavailable` for an address that is neither SQLite's nor Postgres's.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._file: Path | None = None
+        if url.startswith("sqlite:///"):
+            self._file = Path(url.removeprefix("sqlite:///"))
+            self._peewee: Any = PooledSqliteDatabase(
+                str(self._file),
+                max_connections=CONNECTIONS,
+                timeout=WAIT_S,
+                autoconnect=False,
+                # A transaction that reads first and writes later fails at once when another has written in between.
+                lock_type="IMMEDIATE",
+                pragmas={
+                    "busy_timeout": WAIT_S * 1000,
+                    "journal_mode": "wal",
+                    "synchronous": "normal",
+                    "foreign_keys": 1,
+                },
+                # The pool hands a connection from one thread to the next, never to two at once.
+                check_same_thread=False,
+            )
+        elif url.startswith(("postgresql://", "postgres://")):
+            try:
+                given = parse_dsn(url)
+            except psycopg2.Error:
+                raise _bad_address() from None
+            options = [given.pop("options", ""), *(f"-c {name}={value}" for name, value in SERVER_SETTINGS.items())]
+            self._peewee = PooledPostgresqlDatabase(
+                given.pop("dbname", None) or given.get("user") or "postgres",
+                max_connections=CONNECTIONS,
+                timeout=WAIT_S,
+                autoconnect=False,
+                **{**PATIENCE, **given, "options": " ".join(options).strip()},
+            )
+        else:
+            raise _bad_address()
+        self.tables = Tables(self._peewee)
+
+    # -- units of work --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A connection for queries that change nothing; each sees the newest that is committed."""
+        with _translated(), self._peewee.connection_context():
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A connection in a transaction, committed at the end; an exception leaves everything as it was."""
+        with _translated(), self._peewee.connection_context(), self._peewee.atomic():
+            yield
+
+    def check(self) -> None:
+        with self.reading():
+            self._peewee.execute_sql("SELECT 1").fetchone()
+
+    def close(self) -> None:
+        with _translated():
+            self._peewee.close_all()
+
+    # -- the clock: the database's, as the machines that share it may disagree ---------------------------------------
+
+    @property
+    def now(self) -> peewee.Node:
+        """This moment; not the transaction's beginning, as that may lie before a long wait for a lock."""
+        return peewee.SQL("clock_timestamp()" if self._file is None else NOW_SQLITE)
+
+    def later(self, seconds: float) -> peewee.Node:
+        """That many seconds from now; before now where negative."""
+        if self._file is None:
+            return peewee.SQL("(clock_timestamp() + make_interval(secs => %s))", (seconds,))
+        return peewee.SQL(LATER_SQLITE, (f"{seconds:+.3f} seconds",))
+
+    def now_in_list(self, account_id: str) -> peewee.Node:
+        """This moment, for a row that is listed by it: later than the account's newest task.
+
+        SQLite's clock counts in milliseconds, and two tasks may be added within one.
+        """
+        if self._file is None:
+            return self.now
+        newest = f"(SELECT {AFTER_SQLITE} FROM tasks WHERE account_id = ?)"
+        return peewee.SQL(f"max({NOW_SQLITE}, coalesce({newest}, ''))", (account_id,))
+
+    # -- row locks: on SQLite the whole database is the writer's -----------------------------------------------------
+
+    def locked(self, query: Any, *, skip: bool = False) -> Any:
+        """The query, holding its rows until the transaction ends; `skip` leaves out those that another holds."""
+        if self._file is not None:
+            return query
+        return query.for_update("FOR UPDATE SKIP LOCKED" if skip else "FOR UPDATE")
+
+    # -- migrations ------------------------------------------------------------------------------------------------
+
+    def migrate(self) -> None:
+        with _translated(), self._only_migrator():
+            Runner(self._peewee, str(MIGRATIONS)).up()
+
+    @contextmanager
+    def _only_migrator(self) -> Iterator[None]:
+        """A connection of which there is one at a time: the runner of migrations has no lock of its own."""
+        if self._file is not None:
+            try:
+                lock = FileLock(f"{self._file}.migrate.lock", timeout=MIGRATE_WAIT_S).acquire()
+                # Prompts and sealed credentials are in it; SQLite gives its other files the same mode.
+                self._file.touch(mode=0o600)
+            except (Timeout, OSError) as error:
+                raise DatabaseUnavailable("The database's file cannot be used.") from error
+            with lock, self._peewee.connection_context():
+                yield
+            return
+        self._peewee.connect()
+        try:
+            self._peewee.execute_sql(f"SET lock_timeout = '{MIGRATE_WAIT_S}s'")
+            self._peewee.execute_sql("SET statement_timeout = 0")
+            self._peewee.execute_sql("SELECT pg_advisory_lock(%s)", (MIGRATION_LOCK,))
+            yield
+        finally:
+            # Closed for good: the lock and the settings end with the connection.
+            self._peewee.manual_close()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """The one place where a driver's exception becomes one of ours."""
+    try:
+        yield
+    except (*_ours(peewee), *_ours(psycopg2), *_ours(sqlite3), MigrationError) as error:
+        log.error("the database refused a statement", exc_info=error)
+        raise Internal() from error
+    except (peewee.PeeweeException, psycopg2.Error, sqlite3.Error, MaxConnectionsExceeded) as error:
+        raise DatabaseUnavailable() from error
+
+
+def _ours(driver: Any) -> tuple[type[Exception], ...]:
+    """What a driver raises when the statement is at fault and the database is not."""
+    return (driver.IntegrityError, driver.DataError, driver.ProgrammingError, driver.NotSupportedError)
+
+
+def _bad_address() -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        "DATABASE_URL is not an address that can be used.",
+        remedy="Set it to postgresql://USER:PASSWORD@HOST/NAME or sqlite:////ABSOLUTE/PATH.db, or unset it.",
+    )

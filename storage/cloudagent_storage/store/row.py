@@ -1,0 +1,137 @@
+"""The row of a task: how it is found, how it is changed, and what it looks like from outside."""
+
+# pyright: basic
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from peewee import Expression
+
+from cloudagent_storage.errors import LeaseLost, TaskNotFound
+from cloudagent_storage.records import (
+    EventDraft,
+    Message,
+    Phase,
+    Result,
+    Signals,
+    Task,
+    TaskError,
+    TaskSpec,
+    TaskStatus,
+    Usage,
+    Verdict,
+    branch_name,
+)
+from cloudagent_storage.store.database import Database
+from cloudagent_storage.store.log import write_lines
+from cloudagent_storage.tables import TaskRow
+
+ACTIVE = (TaskStatus.RUNNING, TaskStatus.WAITING)
+TASK_ID = re.compile(r"task_[a-z2-7]{26}")
+
+
+def find(db: Database, account_id: str, task_id: str, *, lock: bool = False, columns: Sequence[Any] = ()) -> TaskRow:
+    """An account's task; with `lock`, nobody else changes it before the transaction ends.
+
+    Raises `TaskNotFound`, the same whether the id is malformed, unknown or another account's.
+    """
+    rows = db.tables.tasks
+    row = None
+    if TASK_ID.fullmatch(task_id):
+        query = rows.select(*columns).where(rows.task_id == task_id, rows.account_id == account_id)
+        row = (db.locked(query) if lock else query).first()
+    if row is None:
+        raise TaskNotFound()
+    return row
+
+
+def held_by(db: Database, attempt: int) -> Expression:
+    """The fence: this attempt has the task, and has not given it back."""
+    rows = db.tables.tasks
+    return (rows.attempt == attempt) & rows.status.in_(ACTIVE) & rows.lease_until.is_null(False)
+
+
+def change(
+    db: Database,
+    task_id: str,
+    where: Expression,
+    *,
+    lines: Sequence[EventDraft] = (),
+    whole: bool = False,
+    **changes: Any,
+) -> TaskRow | None:
+    """Change a task's row if it is as `where` says, and add lines to its log, within the caller's transaction.
+
+    Every change of a task goes through this one UPDATE: what it finds and what it leaves behind are one step, and it
+    hands out the numbers of the lines. Returns the row (`whole`, or what `signals` needs), or None when it was not so.
+    """
+    rows = db.tables.tasks
+    query = rows.update(last_seq=rows.last_seq + len(lines), **changes).where(rows.task_id == task_id, where)
+    changed = list(query.returning(rows) if whole else query.returning(rows.last_seq, rows.cancel_requested_at))
+    if not changed:
+        return None
+    write_lines(db, task_id, changed[0].last_seq, lines)
+    return changed[0]
+
+
+def change_held(db: Database, task_id: str, attempt: int, **arguments: Any) -> TaskRow:
+    """The same for the worker that has the task. Raises `LeaseLost` when this attempt does not, or not any more."""
+    row = change(db, task_id, held_by(db, attempt), **arguments)
+    if row is None:
+        raise LeaseLost()
+    return row
+
+
+def signals(db: Database, task_id: str, row: TaskRow) -> Signals:
+    """What the worker of a task ought to know."""
+    messages = db.tables.messages
+    waiting = messages.select().where(messages.task_id == task_id, messages.delivered_at.is_null())
+    return Signals(
+        cancel_requested=row.cancel_requested_at is not None,
+        messages=tuple(
+            Message(message_id=message.message_id, text=message.text) for message in waiting.order_by(messages.number)
+        ),
+    )
+
+
+def spec_of(row: TaskRow) -> TaskSpec:
+    return TaskSpec.model_validate(row.spec)
+
+
+def task_of(row: TaskRow) -> Task:
+    """The record that users see."""
+    spec = spec_of(row)
+    return Task(
+        task_id=row.task_id,
+        status=TaskStatus(row.status),
+        phase=None if row.phase is None else Phase(row.phase),
+        verdict=None if row.verdict is None else Verdict(row.verdict),
+        title=spec.title,
+        prompt=spec.prompt,
+        repository=spec.repository,
+        base_ref=spec.base_ref,
+        base_sha=row.base_sha,
+        branch=branch_name(row.task_id),
+        agent=spec.agent,
+        model=row.model or spec.model,
+        provider=row.provider or spec.provider,
+        tags=spec.tags,
+        attempt=row.attempt,
+        parent_task_id=row.parent_task_id,
+        schedule_id=row.schedule_id,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        completed_at=row.completed_at,
+        result=None if row.result is None else Result.model_validate(row.result),
+        error=None if row.error is None else TaskError.model_validate(row.error),
+        # A number that JSON cannot express was kept as null.
+        usage=Usage.model_validate({name: value for name, value in (row.usage or {}).items() if value is not None}),
+        question=row.question,
+    )
+
+
+def json_of(record: Result | TaskError | TaskSpec | Usage | None) -> dict[str, Any] | None:
+    """A record as its column keeps it."""
+    return None if record is None else record.model_dump(mode="json")

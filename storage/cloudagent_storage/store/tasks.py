@@ -1,0 +1,422 @@
+"""The tasks: how they are asked for, taken by workers, and ended."""
+
+# pyright: basic
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypedDict, Unpack
+
+from peewee import Case, Expression, fn
+
+from cloudagent_storage.errors import AmbiguousId, InvalidCursor, LeaseLost, TaskNotFound
+from cloudagent_storage.records import (
+    ID_LENGTH,
+    TERMINAL,
+    BlobKind,
+    Claim,
+    EventDraft,
+    Level,
+    Phase,
+    Result,
+    Signals,
+    Task,
+    TaskError,
+    TaskPage,
+    TaskSpec,
+    TaskStatus,
+    Usage,
+    Verdict,
+    new_id,
+)
+from cloudagent_storage.store.blobs import packed, write_blob
+from cloudagent_storage.store.database import Database
+from cloudagent_storage.store.log import write_lines
+from cloudagent_storage.store.row import (
+    ACTIVE,
+    TASK_ID,
+    change,
+    change_held,
+    find,
+    held_by,
+    json_of,
+    signals,
+    spec_of,
+    task_of,
+)
+from cloudagent_storage.tables import TaskRow, storable
+
+LOST_LEASES = 3
+"""A task whose lease ran out so many times in a row, with nothing new in its log, is poisoned."""
+PREFIX = re.compile(rf"[a-z2-7]{{4,{ID_LENGTH}}}")
+
+CANCELLED = TaskError(
+    code="cancelled_by_user",
+    message="The task was cancelled before it started.",
+    remedy="Submit it again if it is still wanted.",
+)
+POISONED = TaskError(
+    code="poisoned",
+    message=f"{LOST_LEASES} workers in a row were lost while they ran this task.",
+    remedy="Look at the end of its log and at the workers' logs; then submit it again.",
+)
+
+
+class Changes(TypedDict, total=False):
+    """What a worker can change of its task on the way. What is left out stays."""
+
+    phase: Phase | None
+    base_sha: str | None
+    model: str | None
+    provider: str | None
+    sandbox_id: str | None
+    sandbox_nonce: str | None
+    question: str | None
+    """With a question the task waits; without, it runs."""
+    usage: Usage
+    running_seconds: float
+
+
+class Tasks:
+    """All tasks. What is for users takes their account; what is for workers takes the attempt."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._rows = db.tables.tasks
+
+    # -- for users -------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        account_id: str,
+        spec: TaskSpec,
+        *,
+        task_id: str | None = None,
+        base_sha: str | None = None,
+        credentials: bytes | None = None,
+        blobs: Mapping[BlobKind, bytes] | None = None,
+        lines: Sequence[EventDraft] = (),
+    ) -> Task:
+        """Keep a new task, with all that belongs to it, in one step. Raises `RepositoryTooLarge`."""
+        task_id = task_id or new_id("task")
+        ready: list[tuple[BlobKind, bytes, int]] = [
+            (kind, packed(data), len(data)) for kind, data in (blobs.items() if blobs else ())
+        ]
+        with self._db.writing():
+            self._rows.insert(
+                task_id=task_id,
+                account_id=account_id,
+                status=TaskStatus.QUEUED,
+                spec=json_of(spec),
+                repository=spec.repository,
+                tags=list(spec.tags),
+                base_sha=base_sha,
+                credentials=credentials,
+                created_at=self._db.now_in_list(account_id),
+                last_seq=len(lines),
+            ).execute()
+            write_lines(self._db, task_id, len(lines), lines)
+            for kind, data, size in ready:
+                write_blob(self._db, task_id, kind, data, size)
+            return task_of(find(self._db, account_id, task_id))
+
+    def get(self, account_id: str, task_id: str) -> Task:
+        """An account's task. Raises `TaskNotFound`, the same for another account's id as for an unknown one."""
+        with self._db.reading():
+            return task_of(find(self._db, account_id, task_id))
+
+    def version(self, account_id: str, task_id: str) -> tuple[str, ...]:
+        """Something that is different whenever status, phase or log have changed. Raises `TaskNotFound`."""
+        columns = [self._rows.status, self._rows.phase, self._rows.last_seq]
+        with self._db.reading():
+            row = find(self._db, account_id, task_id, columns=columns)
+        return (row.status, row.phase or "", str(row.last_seq))
+
+    def resolve(self, account_id: str, prefix: str) -> str:
+        """The whole id of the one task that begins so: at least four characters, with or without `task_`.
+
+        Raises `TaskNotFound`, and `AmbiguousId` when there are several.
+        """
+        start = prefix.removeprefix("task_")
+        if not PREFIX.fullmatch(start):
+            raise TaskNotFound()
+        query = self._rows.select(self._rows.task_id).where(
+            self._rows.account_id == account_id, self._rows.task_id.startswith(f"task_{start}")
+        )
+        with self._db.reading():
+            found = [row.task_id for row in query.limit(2)]
+        if not found:
+            raise TaskNotFound()
+        if len(found) > 1:
+            raise AmbiguousId()
+        return found[0]
+
+    def list(
+        self,
+        account_id: str,
+        *,
+        status: TaskStatus | None = None,
+        repository: str | None = None,
+        tag: str | None = None,
+        schedule_id: str | None = None,
+        limit: int = 20,
+        cursor: str | None = None,
+        offset: int = 0,
+    ) -> TaskPage:
+        """An account's tasks, newest first. `cursor` is the page before's `next_cursor`. Raises `InvalidCursor`."""
+        rows = self._rows
+        wanted = rows.account_id == account_id
+        if status is not None:
+            wanted &= rows.status == status
+        if repository is not None:
+            wanted &= rows.repository == storable(repository)
+        if tag is not None:
+            wanted &= rows.tags.contains([storable(tag)])
+        if schedule_id is not None:
+            wanted &= rows.schedule_id == storable(schedule_id)
+        following = wanted
+        if cursor is not None:
+            created_at, task_id = _read_cursor(cursor)
+            following &= (rows.created_at < created_at) | ((rows.created_at == created_at) & (rows.task_id < task_id))
+        with self._db.reading():
+            total = rows.select().where(wanted).count()
+            query = rows.select().where(following).order_by(rows.created_at.desc(), rows.task_id.desc())
+            tasks = [task_of(row) for row in query.limit(limit + 1).offset(offset)]
+        more = len(tasks) > limit
+        tasks = tasks[:limit]
+        return TaskPage(
+            tasks=tuple(tasks),
+            total=total,
+            limit=limit,
+            offset=offset,
+            next_cursor=_write_cursor(tasks[-1]) if more and tasks else None,
+        )
+
+    def request_cancel(self, account_id: str, task_id: str) -> tuple[Task, bool]:
+        """Cancel a task: at once while it is queued, else by telling its worker. Says whether that changed anything.
+
+        Raises `TaskNotFound`.
+        """
+        with self._db.writing():
+            # Locked, so that no claim and no end comes between the look and the change.
+            row = find(self._db, account_id, task_id, lock=True)
+            if row.status == TaskStatus.QUEUED:
+                line = EventDraft(kind="status", message="Cancelled before it started.")
+                changes = {"cancel_requested_at": self._db.now, **self._ended(TaskStatus.CANCELLED, error=CANCELLED)}
+            elif row.status in ACTIVE and row.cancel_requested_at is None:
+                line = EventDraft(kind="status", message="Cancel requested.")
+                changes = {"cancel_requested_at": self._db.now}
+            else:
+                return task_of(row), False
+            row = change(self._db, task_id, self._rows.task_id == task_id, lines=[line], whole=True, **changes)
+            assert row is not None
+            return task_of(row), True
+
+    # -- for workers -----------------------------------------------------------------------------------------------
+
+    def claim(self, task_id: str, *, worker: str, lease_s: float) -> Claim | None:
+        """Take a task that is queued, or whose worker gave it back or let its lease run out.
+
+        None when it is not to be had: another worker has it, it has ended, or it ends here because its lease ran out
+        for the third time without progress.
+        """
+        rows = self._rows
+        active = rows.status.in_(ACTIVE)
+        released = active & rows.lease_until.is_null()
+        expired = active & rows.lease_until.is_null(False) & (rows.lease_until < self._db.now)
+        queued = (rows.status == TaskStatus.QUEUED) & rows.cancel_requested_at.is_null()
+        poison = EventDraft(kind="error", level=Level.ERROR, message=POISONED.message)
+        with self._db.writing():
+            if change(
+                self._db,
+                task_id,
+                expired & (rows.lost_leases >= LOST_LEASES - 1),
+                lines=[poison],
+                **self._ended(TaskStatus.FAILED, error=POISONED),
+                lost_leases=rows.lost_leases + 1,
+            ):
+                return None
+            row = change(
+                self._db,
+                task_id,
+                queued | released | expired,
+                whole=True,
+                status=TaskStatus.RUNNING,
+                attempt=rows.attempt + 1,
+                owner=worker,
+                lease_until=self._db.later(lease_s),
+                lost_leases=Case(None, [(expired, rows.lost_leases + 1)], rows.lost_leases),
+                started_at=fn.COALESCE(rows.started_at, self._db.now),
+                rung_at=None,  # so that a lease which runs out is seen at once
+            )
+        return None if row is None else _claim_of(row)
+
+    def renew(self, task_id: str, attempt: int, *, lease_s: float) -> Signals:
+        """Hold on to a task for `lease_s` from now. Raises `LeaseLost`."""
+        with self._db.writing():
+            return self._signals(change_held(self._db, task_id, attempt, lease_until=self._db.later(lease_s)), task_id)
+
+    def signals(self, task_id: str, attempt: int) -> Signals:
+        """What `renew` answers, without renewing. Raises `LeaseLost`."""
+        rows = self._rows
+        with self._db.reading():
+            query = rows.select(rows.cancel_requested_at).where(rows.task_id == task_id, held_by(self._db, attempt))
+            if (row := query.first()) is None:
+                raise LeaseLost()
+            return self._signals(row, task_id)
+
+    def update(self, task_id: str, attempt: int, *, lease_s: float | None = None, **changes: Unpack[Changes]) -> None:
+        """Change a task on the way, and renew the lease when `lease_s` is given. Raises `LeaseLost`."""
+        columns: dict[str, Any] = dict(changes)
+        if "usage" in changes:
+            columns["usage"] = json_of(changes["usage"])
+        if "question" in changes:
+            columns["status"] = TaskStatus.RUNNING if changes["question"] is None else TaskStatus.WAITING
+        if lease_s is not None:
+            columns["lease_until"] = self._db.later(lease_s)
+        with self._db.writing():
+            change_held(self._db, task_id, attempt, **columns)
+
+    def follow(
+        self,
+        task_id: str,
+        attempt: int,
+        events: Sequence[EventDraft],
+        *,
+        log_offset: int,
+        lease_s: float,
+        usage: Usage | None = None,
+        running_seconds: float | None = None,
+    ) -> Signals:
+        """Take over a part of the runner's log that ends at byte `log_offset`, and renew the lease, in one step.
+
+        So no line is lost or kept twice, whatever dies when. New lines are progress: earlier lost leases are forgotten.
+        Raises `LeaseLost`.
+        """
+        columns: dict[str, Any] = {"log_offset": log_offset, "lease_until": self._db.later(lease_s)}
+        if events:
+            columns["lost_leases"] = 0
+        if usage is not None:
+            columns["usage"] = json_of(usage)
+        if running_seconds is not None:
+            columns["running_seconds"] = running_seconds
+        with self._db.writing():
+            return self._signals(change_held(self._db, task_id, attempt, lines=events, **columns), task_id)
+
+    def release(self, task_id: str, attempt: int, *, line: EventDraft | None = None) -> None:
+        """Give a task back as it is: the next worker takes it at once, no lease counts as lost. Raises `LeaseLost`."""
+        lines = () if line is None else (line,)
+        with self._db.writing():
+            change_held(self._db, task_id, attempt, lines=lines, owner=None, lease_until=None, rung_at=None)
+
+    def finish(
+        self,
+        task_id: str,
+        attempt: int,
+        *,
+        status: TaskStatus,
+        verdict: Verdict | None = None,
+        result: Result | None = None,
+        error: TaskError | None = None,
+        usage: Usage | None = None,
+        events: Sequence[EventDraft] = (),
+    ) -> Task:
+        """End a task, for good. Its credentials are forgotten. Raises `LeaseLost`, also when it has ended before."""
+        columns: dict[str, Any] = {"verdict": verdict, "result": json_of(result), **self._ended(status, error=error)}
+        if usage is not None:
+            columns["usage"] = json_of(usage)
+        with self._db.writing():
+            return task_of(change_held(self._db, task_id, attempt, lines=events, whole=True, **columns))
+
+    def due(self, *, waited_s: float, limit: int = 100) -> Sequence[str]:
+        """The tasks that want a worker and for which nobody has rung within `waited_s`, oldest first.
+
+        They count as rung for from now on; two callers at once never get the same one.
+        """
+        rows = self._rows
+        unheld = rows.status.in_(ACTIVE) & (rows.lease_until.is_null() | (rows.lease_until < self._db.now))
+        quiet = rows.rung_at.is_null() | (rows.rung_at < self._db.later(-waited_s))
+        wanted = ((rows.status == TaskStatus.QUEUED) | unheld) & quiet
+        chosen = rows.select(rows.task_id).where(wanted).order_by(rows.created_at).limit(limit)
+        with self._db.writing():
+            # Rows that somebody else is changing are skipped: waiting for them in any order could end in a deadlock.
+            query = rows.update(rung_at=self._db.now).where(rows.task_id.in_(self._db.locked(chosen, skip=True)))
+            rung = list(query.returning(rows.task_id, rows.created_at))
+        return [row.task_id for row in sorted(rung, key=lambda row: (row.created_at, row.task_id))]
+
+    def rung(self, task_id: str) -> None:
+        """Somebody has just rung for this task: `due` leaves it out for a while."""
+        with self._db.writing():
+            self._rows.update(rung_at=self._db.now).where(self._rows.task_id == task_id).execute()
+
+    def unfinished(self) -> int:
+        """How many tasks have not ended."""
+        with self._db.reading():
+            return self._rows.select().where(self._unfinished()).count()
+
+    def owns_sandbox(self, task_id: str, sandbox_id: str, nonce: str) -> bool:
+        """Does a task that has not ended own this sandbox, by its id or by the nonce committed before it was made?"""
+        rows = self._rows
+        if not TASK_ID.fullmatch(task_id):
+            return False
+        owned = rows.sandbox_id == storable(sandbox_id)
+        if nonce:
+            owned |= rows.sandbox_nonce == storable(nonce)
+        with self._db.reading():
+            return rows.select().where(rows.task_id == task_id, self._unfinished(), owned).exists()
+
+    # -- what they share -------------------------------------------------------------------------------------------
+
+    def _unfinished(self) -> Expression:
+        return self._rows.status.in_([status for status in TaskStatus if not status.terminal])
+
+    def _signals(self, row: TaskRow, task_id: str) -> Signals:
+        return signals(self._db, task_id, row)
+
+    def _ended(self, status: TaskStatus, *, error: TaskError | None) -> dict[str, Any]:
+        """What the row of every task that has ended looks like."""
+        if status not in TERMINAL:
+            raise ValueError("a task ends in a terminal status")
+        return {
+            "status": status,
+            "error": json_of(error),
+            "completed_at": self._db.now,
+            "phase": None,
+            "question": None,
+            "owner": None,
+            "lease_until": None,
+            "credentials": None,
+        }
+
+
+def _claim_of(row: TaskRow) -> Claim:
+    return Claim(
+        task=task_of(row),
+        spec=spec_of(row),
+        account_id=row.account_id,
+        attempt=row.attempt,
+        sandbox_id=row.sandbox_id,
+        sandbox_nonce=row.sandbox_nonce,
+        log_offset=row.log_offset,
+        running_seconds=row.running_seconds,
+        credentials=None if row.credentials is None else bytes(row.credentials),
+        cancel_requested=row.cancel_requested_at is not None,
+    )
+
+
+def _write_cursor(task: Task) -> str:
+    return base64.urlsafe_b64encode(f"{task.created_at.isoformat()} {task.task_id}".encode()).decode()
+
+
+def _read_cursor(cursor: str) -> tuple[datetime, str]:
+    try:
+        moment, task_id = base64.b64decode(cursor, altchars=b"-_", validate=True).decode().split(" ")
+        created_at = datetime.fromisoformat(moment)
+        offset = created_at.utcoffset()
+    except ValueError:
+        raise InvalidCursor() from None
+    if offset is None or offset.total_seconds() != 0 or not TASK_ID.fullmatch(task_id):
+        raise InvalidCursor()
+    return created_at, task_id

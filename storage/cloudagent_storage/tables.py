@@ -1,0 +1,198 @@
+"""The tables, as peewee models. Rows never leave this package; `migrations/` makes the tables.
+
+The models here have no database of their own: `Tables` binds a set of them to one, so that a process can hold several.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from peewee import (
+    BigAutoField,
+    BigIntegerField,
+    BlobField,
+    CharField,
+    CompositeKey,
+    Database,
+    DoubleField,
+    Field,
+    IntegerField,
+    JSONField,
+    Model,
+    Node,
+    SqliteDatabase,
+    TextField,
+)
+
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+"""What Postgres refuses in text: NUL, and halves of surrogate pairs."""
+
+
+def storable(text: str) -> str:
+    """The text with U+FFFD in place of what a database cannot keep."""
+    return UNSTORABLE.sub("\ufffd", text)
+
+
+def storable_json(value: Any) -> Any:
+    """The same for JSON; a number that JSON cannot express becomes null. Raises RecursionError when nested too deep."""
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {storable(str(key)): storable_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable_json(item) for item in value]
+    return value
+
+
+class Text(TextField):
+    """Text of any origin: what the database could not keep is replaced."""
+
+    def db_value(self, value: Any) -> Any:
+        return storable(value) if isinstance(value, str) else value
+
+
+class Json(JSONField):
+    """JSON of any origin: JSONB on Postgres, text on SQLite."""
+
+    def db_value(self, value: Any) -> Any:
+        return super().db_value(value if isinstance(value, Node) else storable_json(value))
+
+
+class Utc(Field):
+    """A moment. TIMESTAMPTZ on Postgres; on SQLite text of one format, so that it sorts and compares as a time does."""
+
+    field_type = "TIMESTAMPTZ"
+
+    def db_value(self, value: Any) -> Any:
+        if not isinstance(value, datetime):
+            return value
+        try:
+            value = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        except OverflowError:
+            value = value.replace(
+                tzinfo=UTC
+            )  # the first or last day that there is, told by a sandbox with an odd clock
+        if isinstance(self.model._meta.database, SqliteDatabase):
+            return value.replace(tzinfo=None).isoformat(" ", "milliseconds")
+        return value
+
+    def python_value(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).replace(tzinfo=UTC)
+        return value if value is None else value.astimezone(UTC)
+
+
+class AccountRow(Model):
+    account_id = CharField(64, primary_key=True)
+    created_at = Utc()
+
+
+class TaskRow(Model):
+    task_id = CharField(40, primary_key=True)
+    account_id = CharField(64)
+    status = CharField(16)
+    phase = CharField(16, null=True)
+    verdict = CharField(16, null=True)
+    spec = Json()
+    repository = Text()
+    tags = Json()
+    """These two are the spec's, once more: lists are filtered by them."""
+    base_sha = Text(null=True)
+    model = Text(null=True)
+    provider = Text(null=True)
+    parent_task_id = CharField(40, null=True)
+    schedule_id = CharField(40, null=True)
+    created_at = Utc()
+    started_at = Utc(null=True)
+    completed_at = Utc(null=True)
+    result = Json(null=True)
+    error = Json(null=True)
+    usage = Json(null=True)
+    question = Text(null=True)
+    credentials = BlobField(null=True)
+    """Sealed; gone when the task has ended."""
+    attempt = IntegerField(default=0)
+    owner = Text(null=True)
+    lease_until = Utc(null=True)
+    """Null while nobody holds the task: before the first claim, after a release, after the end."""
+    lost_leases = IntegerField(default=0)
+    """How many leases in a row ran out without a new line in the log."""
+    rung_at = Utc(null=True)
+    cancel_requested_at = Utc(null=True)
+    sandbox_id = Text(null=True)
+    sandbox_nonce = Text(null=True)
+    log_offset = BigIntegerField(default=0)
+    running_seconds = DoubleField(default=0.0)
+    last_seq = BigIntegerField(default=0)
+    """The number of the last line in the log. Only an UPDATE of this row hands out more: none is missing or double."""
+
+    class Meta:
+        indexes = ((("account_id", "created_at", "task_id"), False), (("status",), False))
+
+
+class EventRow(Model):
+    task_id = CharField(40)
+    seq = BigIntegerField()
+    timestamp = Utc()
+    level = CharField(16)
+    kind = CharField(16)
+    message = Text()
+    raw_json = TextField(null=True)
+    """As text: it is only ever read back whole, and Postgres need not parse it."""
+
+    class Meta:
+        primary_key = CompositeKey("task_id", "seq")
+
+
+class BlobRow(Model):
+    task_id = CharField(40)
+    kind = CharField(16)
+    data = BlobField()
+    """Compressed with zlib."""
+    size = BigIntegerField()
+    """Bytes before that."""
+
+    class Meta:
+        primary_key = CompositeKey("task_id", "kind")
+
+
+class MessageRow(Model):
+    number = BigAutoField()
+    message_id = CharField(40, unique=True)
+    task_id = CharField(40)
+    text = Text()
+    created_at = Utc()
+    delivered_at = Utc(null=True)
+
+    class Meta:
+        indexes = ((("task_id", "number"), False),)
+
+
+M = TypeVar("M", bound=Model)
+
+
+class Tables:
+    """The models, bound to one database."""
+
+    def __init__(self, database: Database) -> None:
+        def bound(model: type[M], table_name: str) -> type[M]:
+            options: dict[str, Any] = {"database": database, "table_name": table_name}
+            if isinstance(key := model._meta.primary_key, CompositeKey):
+                options["primary_key"] = CompositeKey(*key.field_names)
+            return type(model)(model.__name__, (model,), {"Meta": type("Meta", (), options)})
+
+        self.accounts = bound(AccountRow, "accounts")
+        self.tasks = bound(TaskRow, "tasks")
+        self.events = bound(EventRow, "events")
+        self.blobs = bound(BlobRow, "blobs")
+        self.messages = bound(MessageRow, "messages")
+
+    @property
+    def all(self) -> tuple[type[Model], ...]:
+        return (self.accounts, self.tasks, self.events, self.blobs, self.messages)

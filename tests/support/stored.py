@@ -1,0 +1,79 @@
+"""Tasks in a store, for tests that start with one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import TypeVar
+
+from cloudagent_storage.records import LOCAL_ACCOUNT, Claim, EventDraft, TaskSpec
+from cloudagent_storage.store import Store
+
+T = TypeVar("T")
+
+EXPIRED = -1.0
+"""A lease of that many seconds has run out when it begins."""
+
+
+def line(message: str = "a line") -> EventDraft:
+    return EventDraft(kind="text", message=message)
+
+
+def queued(store: Store, *, account_id: str = LOCAL_ACCOUNT, spec: TaskSpec | None = None) -> str:
+    """The id of a new task with one line in its log."""
+    spec = spec or TaskSpec(prompt="Fix the bug.", title="Fix the bug")
+    return store.tasks.add(account_id, spec, credentials=b"sealed", lines=[line("Queued.")]).task_id
+
+
+def claimed(store: Store, task_id: str | None = None, *, lease_s: float = 60.0) -> Claim:
+    """A task that a worker has."""
+    claim = store.tasks.claim(task_id or queued(store), worker="worker", lease_s=lease_s)
+    assert claim is not None
+    return claim
+
+
+def messages(store: Store, task_id: str) -> list[str]:
+    """Its whole log; also makes sure that the lines are numbered from 1 without a gap."""
+    page = store.events.list(LOCAL_ACCOUNT, task_id, limit=100_000)
+    assert [event.seq for event in page.lines] == list(range(1, len(page.lines) + 1))
+    return [event.message for event in page.lines]
+
+
+def at_once(*calls: Callable[[], T]) -> list[T]:
+    """Make calls on threads of their own that all begin in the same moment; their answers, in order."""
+    barrier = Barrier(len(calls))
+
+    def call(function: Callable[[], T]) -> T:
+        barrier.wait()
+        return function()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(call, calls))
+
+
+def in_processes(count: int, program: str, arguments: Sequence[str]) -> list[str]:
+    """Run a program in several Python processes, which wait for each other at its `ready()`; what each prints."""
+    preamble = "import sys\ndef ready():\n    print('ready', flush=True)\n    sys.stdin.readline()\n"
+    command = [sys.executable, "-c", preamble + program, *arguments]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={})
+        for _ in range(count)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
+        assert [process.returncode for process in processes] == [0] * count
+        return outputs
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()

@@ -1,0 +1,96 @@
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cloudagent_queue.task_queue import TaskQueue
+from cloudagent_storage.errors import QueueUnavailable
+
+
+def until(reached: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture(params=["sqlite", "valkey"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'queue.db'}"
+    return request.getfixturevalue("valkey_url")
+
+
+def test_what_one_queue_puts_another_runs_once(url: str) -> None:
+    seen: list[str] = []
+    stopping = threading.Event()
+    consuming, putting = TaskQueue(url), TaskQueue(url)
+    consumer = threading.Thread(
+        target=lambda: consuming.consume(seen.append, concurrency=4, stopping=stopping, grace_s=5)
+    )
+    consumer.start()
+    names = [f"task_{number}" for number in range(20)]
+    for name in names:
+        putting.put(name)
+    until(lambda: len(seen) == len(names))
+    stopping.set()
+    consumer.join(10)
+    assert sorted(seen) == sorted(names)
+    assert not consumer.is_alive()
+    for queue in (consuming, putting):
+        queue.close()
+
+
+def test_messages_survive_until_a_consumer_comes(url: str) -> None:
+    queue = TaskQueue(url)
+    queue.put("task_early")
+    seen: list[str] = []
+    stopping = threading.Event()
+
+    def run(task_id: str) -> None:
+        seen.append(task_id)
+        stopping.set()
+
+    assert queue.consume(run, concurrency=2, stopping=stopping, grace_s=5)
+    assert seen == ["task_early"]
+    queue.close()
+
+
+def test_a_consumer_that_does_not_let_go_is_reported_after_the_grace(url: str) -> None:
+    queue = TaskQueue(url)
+    queue.put("task_stuck")
+    stopping, release = threading.Event(), threading.Event()
+
+    def run(task_id: str) -> None:
+        stopping.set()
+        release.wait(20)
+
+    started = time.monotonic()
+    assert not queue.consume(run, concurrency=1, stopping=stopping, grace_s=0.2)
+    assert time.monotonic() - started < 10
+    release.set()
+
+
+def test_a_message_is_plain_json(tmp_path: Path) -> None:
+    queue = TaskQueue(f"sqlite:///{tmp_path / 'queue.db'}")
+    queue.put("task_x")
+    (message,) = queue._huey.storage.enqueued_items()  # pyright: ignore
+    assert b'"args": ["task_x"]' in bytes(message) and bytes(message).startswith(b"{")
+    queue.close()
+
+
+def test_a_redis_that_is_not_there_is_an_error_in_bounded_time() -> None:
+    queue = TaskQueue("redis://127.0.0.1:1/0")
+    started = time.monotonic()
+    with pytest.raises(QueueUnavailable):
+        queue.put("task_x")
+    with pytest.raises(QueueUnavailable):
+        queue.check()
+    assert time.monotonic() - started < 20
+
+
+def test_an_address_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(QueueUnavailable):
+        TaskQueue("amqp://localhost")
