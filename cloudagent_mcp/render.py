@@ -70,8 +70,9 @@ def show_task(task: dict[str, Any]) -> None:
         head.append("  verdict ")
         head.append_text(_verdict(task))
     console.print(head)
-    result, usage = task["result"] or {}, task["usage"]
-    artifacts = result.get("artifacts") or {}
+    usage = task["usage"]
+    result: dict[str, Any] = task["result"] or {}
+    artifacts: dict[str, Any] = result.get("artifacts") or {}
     rows = {
         "title": task["title"],
         "repository": task["repository"],

@@ -344,10 +344,11 @@ class Tasks:
         task = self._store.tasks.get(caller.account_id, task_id)
         if not caller.local:
             return self._instructions(task)
-        folder = (caller.folder or Path.cwd()) / directory if directory else caller.folder
-        if folder is None:
+        result = None if undo else self._result_of(caller, task)
+        if caller.folder is None:
             raise TargetNotAllowed()
-        if undo:
+        folder = caller.folder / (directory or ".")
+        if result is None:
             outcome = apply.undo(folder, task_id=task_id, state_folder=self._state_folder)
         else:
             outcome = apply.apply(
@@ -356,7 +357,7 @@ class Tasks:
                 branch=task.branch,
                 base_sha=self._base_of(task),
                 input_bundle=self._store.blobs.get(caller.account_id, task_id, "input"),
-                result_bundle=self._result_of(caller, task),
+                result_bundle=result,
                 state_folder=self._state_folder,
                 dry_run=dry_run,
                 allow_sensitive=allow_sensitive,

@@ -158,7 +158,7 @@ class LogReader:
 
 
 def _usage(value: Any) -> Usage | None:
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value:
         return None
     try:
         return Usage.model_validate(value)

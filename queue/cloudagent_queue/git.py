@@ -122,7 +122,7 @@ def run(
     with process:
         try:
             if max_memory is not None and hasattr(resource, "prlimit"):
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):  # the latter in a process that has changed its user
                     resource.prlimit(process.pid, resource.RLIMIT_AS, (max_memory, max_memory))
             out, err, ended = _read(process, max_bytes=max_bytes, deadline=time.monotonic() + timeout_s)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -19,12 +20,12 @@ from cloudagent_queue.redact import Redactor
 from cloudagent_queue.sandboxes import Provider, Sandbox
 from cloudagent_storage.errors import (
     CloudAgentError,
+    DatabaseUnavailable,
     Internal,
     LeaseLost,
+    SandboxError,
     SandboxGone,
-    SandboxUnavailable,
     SandboxUnreachable,
-    Unavailable,
 )
 from cloudagent_storage.records import (
     Artifacts,
@@ -95,8 +96,11 @@ def run_task(worker: Worker, task_id: str) -> None:
         attempt.discard_sandbox()
     except LeaseLost:
         log.warning("%s belongs to another attempt now; attempt %d lets go", task_id, claim.attempt)
-    except (Draining, SandboxUnreachable, Unavailable) as reason:
-        log.info("giving %s back: %r", task_id, reason)
+    except Draining:
+        give_back(worker, claim)
+        worker.ring(task_id)
+    except (SandboxUnreachable, DatabaseUnavailable) as reason:
+        log.warning("%s has to wait: %s", task_id, reason)
         give_back(worker, claim)
     except Exception:
         log.exception("%s failed in a way that nobody foresaw", task_id)
@@ -104,10 +108,9 @@ def run_task(worker: Worker, task_id: str) -> None:
 
 
 def give_back(worker: Worker, claim: Claim) -> None:
-    """Let another attempt go on at once. Where even that fails, the lease runs out by itself."""
+    """Let another attempt go on; the sweeper rings for it. Where even that fails, the lease runs out by itself."""
     try:
         worker.store.tasks.release(claim.task.task_id, claim.attempt)
-        worker.ring(claim.task.task_id)
     except CloudAgentError as error:
         log.warning("could not release %s: %s", claim.task.task_id, error)
 
@@ -160,9 +163,7 @@ class Attempt:
                 self.set_up()
                 self.start_agent()
             return self.follow()
-        except (LeaseLost, Draining, SandboxUnreachable, Unavailable) as error:
-            if isinstance(error, SandboxUnavailable):
-                return Ending.failed("sandbox_unavailable", error.message, error.remedy)
+        except (LeaseLost, Draining, SandboxUnreachable, DatabaseUnavailable):
             raise
         except _Ended as ended:
             return ended.ending
@@ -194,8 +195,9 @@ class Attempt:
                 self.agent_has_run = True
                 self.note(f"Attempt {self.claim.attempt} goes on in the same sandbox.")
                 if self.claim.task.phase is Phase.AGENT and read_result(sandbox) is None and not sandbox.alive():
-                    # The runner takes a lock and refuses to start twice, so this is safe even if it only looks dead.
-                    self.agent.start(sandbox, env=self.env)
+                    # Only where the last worker died just before the start: a sandbox starts one command in its life.
+                    with contextlib.suppress(SandboxError):
+                        self.agent.start(sandbox, env=self.env)
                 return True
             sandbox.kill()
         elif (nonce := self.claim.sandbox_nonce) is not None:
@@ -304,6 +306,8 @@ class Attempt:
             elif ended is not None:
                 return ended
             elif not alive:
+                if said := self.box.output(max_bytes=2000).decode("utf-8", "replace").strip():
+                    self.note(self.redactor.text(said), level=Level.WARNING, kind="stderr")
                 return Ending.failed(
                     "interrupted",
                     "The agent's process died.",
@@ -351,7 +355,7 @@ class Attempt:
                 self.note("The agent changed no file.")
                 return True
             changes = repository.inspect(self.input_bundle(), self.base_sha, bundle, branch)
-        except (LeaseLost, SandboxUnreachable):
+        except (LeaseLost, SandboxUnreachable, DatabaseUnavailable):
             raise
         except CloudAgentError as error:
             self.note(f"The agent's work could not be brought out: {error.message}", level=Level.ERROR, kind="error")
@@ -367,7 +371,7 @@ class Attempt:
                 deletions=changes.deletions,
             )
         )
-        self.note(f"Saved: {len(changes.files)} changed files, +{changes.insertions} -{changes.deletions} lines.")
+        self.note(f"Saved: {_files(len(changes.files))} changed, +{changes.insertions} -{changes.deletions} lines.")
         return True
 
     def verify(self, ending: Ending) -> Ending:
@@ -386,13 +390,16 @@ class Attempt:
                     command=self.spec.verify,
                     timeout_s=self.timers.verify_s,
                 )
-        except (LeaseLost, SandboxUnreachable):
+            self.stop_if_cancelled()
+        except _Ended as ended:
+            return ended.ending
+        except (LeaseLost, SandboxUnreachable, DatabaseUnavailable):
             raise
         except CloudAgentError as error:
+            if self.lease.signals.cancel_requested:
+                return Ending.cancelled()  # that is why
             self.note(f"The verify command could not be run: {error.message}", level=Level.ERROR, kind="error")
             return ending
-        if self.lease.signals.cancel_requested:
-            return Ending.cancelled()
         self.verdict = Verdict.PASSED if done.exit_code == 0 else Verdict.FAILED
         done = VerifyResult(command=done.command, exit_code=done.exit_code, output=self.redactor.text(done.output))
         self.result = self.result.model_copy(update={"verify": done})
@@ -483,11 +490,18 @@ class _Ended(Exception):
         self.ending = ending
 
 
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
 def _task_code(error: CloudAgentError) -> TaskErrorCode:
     known: dict[str, TaskErrorCode] = {
         "repository_unreachable": "repository_unreachable",
         "repository_not_found": "repository_unreachable",
+        "repository_not_allowed": "repository_unreachable",
         "repository_empty": "repository_unreachable",
+        "repository_too_large": "repository_unreachable",
+        "credentials_in_url": "repository_unreachable",
         "ref_not_found": "repository_unreachable",
         "credential_missing": "credential_missing",
         "sandbox_unavailable": "sandbox_unavailable",

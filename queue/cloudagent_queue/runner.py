@@ -307,9 +307,8 @@ class Run:
     async def _snapshot(self) -> tuple[str, str] | None:
         """HEAD ("" before the first commit) and the tree of all that is there; None when git could not tell."""
         head = await self._git("rev-parse", "-q", "--verify", "HEAD^{commit}") or ""
-        if (
-            head and await self._git("read-tree", "-m", head) is None
-        ):  # what HEAD tracks may be ignored: `add` would skip it
+        # What HEAD tracks may be ignored, and `add` alone would skip it.
+        if head and await self._git("read-tree", "-m", head) is None:
             return None
         if await self._git("add", "-A") is None or not (tree := await self._git("write-tree")):
             return None  # a file vanished while it was read: the next checkpoint will do

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import pytest
 
-from cloudagent_storage.errors import LeaseLost, TaskNotFound
+from cloudagent_storage.errors import LeaseLost, NotNow, TaskNotFound
 from cloudagent_storage.records import (
     LOCAL_ACCOUNT,
     Phase,
@@ -19,9 +21,24 @@ from cloudagent_storage.records import (
     new_id,
 )
 from cloudagent_storage.store import Store
+from cloudagent_storage.store.database import Database
+from cloudagent_storage.store.tasks import Tasks
 from tests.support.stored import EXPIRED, at_once, claimed, in_processes, line, messages, queued
 
 FAILED = TaskError(code="agent_error", message="It failed.", remedy="Try again.")
+
+
+@contextmanager
+def uncommitted(url: str) -> Generator[tuple[ThreadPoolExecutor, Database]]:
+    """A transaction that is committed at the end of the block, and a thread beside it.
+
+    What the thread does ought to wait for that end, or not to see it; the short `wait` gives broken code time to hurry.
+    """
+    database = Database(url)
+    with ThreadPoolExecutor(1) as other:
+        with database.writing():
+            yield other, database
+    database.close()
 
 
 def status(store: Store, task_id: str) -> TaskStatus:
@@ -61,6 +78,8 @@ def test_of_several_workers_on_several_stores_one_gets_the_task(store: Store, st
 
 CLAIM_ALL = """
 from cloudagent_storage.store import Store
+from cloudagent_storage.store.database import Database
+from cloudagent_storage.store.tasks import Tasks
 url, *task_ids = sys.argv[1:]
 store = Store.open(url)
 store.check()
@@ -384,6 +403,26 @@ def test_tasks_that_wait_for_a_worker_are_due_once_in_a_while(store: Store) -> N
     assert store.tasks.due(waited_s=30) == [expired]
     assert store.tasks.due(waited_s=30) == []
     assert store.tasks.due(waited_s=-1) == [first, second, expired, rung]
+
+
+def test_a_sweeper_leaves_alone_what_another_is_about_to_ring_for(store: Store, store_url: str) -> None:
+    task_ids = [queued(store) for _ in range(3)]
+    with uncommitted(store_url) as (other, database):
+        assert Tasks(database).due(waited_s=30) == task_ids
+        late = other.submit(store.tasks.due, waited_s=30)
+        wait([late], timeout=0.3)
+    assert late.result() == []
+
+
+def test_a_message_to_a_task_that_ends_in_this_moment_is_refused(store: Store, store_url: str) -> None:
+    claim = claimed(store)
+    task_id = claim.task.task_id
+    with uncommitted(store_url) as (other, database):
+        Tasks(database).finish(task_id, claim.attempt, status=TaskStatus.COMPLETED)
+        late = other.submit(store.messages.add, LOCAL_ACCOUNT, task_id, "hello")
+        wait([late], timeout=0.3)
+    with pytest.raises(NotNow):
+        late.result()
 
 
 def test_two_sweepers_at_once_never_ring_for_the_same_task(store: Store) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Generator
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -36,8 +36,7 @@ def rest(world: World) -> Generator[TestClient]:
 
 
 def structured(result: CallToolResult) -> dict[str, Any]:
-    assert isinstance(result.structured_content, dict)
-    return result.structured_content
+    return cast("dict[str, Any]", result.structured_content)
 
 
 async def submit(mcp: Client, **arguments: Any) -> str:
@@ -46,7 +45,7 @@ async def submit(mcp: Client, **arguments: Any) -> str:
     return structured(result)["task_id"]
 
 
-BAD = [
+BAD: list[tuple[str, dict[str, Any], str]] = [
     ("submit_task", {"prompt": ""}, "prompt_empty"),
     ("submit_task", {"prompt": " \n\t"}, "prompt_empty"),
     ("submit_task", {"prompt": "x" * 100_001}, "prompt_too_long"),
@@ -180,8 +179,8 @@ async def test_what_is_not_ready_says_how_to_wait(mcp: Client, tmp_path: Any) ->
 
 async def test_a_waiting_call_returns_when_the_status_changes_and_not_before(mcp: Client) -> None:
     task_id = await submit(mcp)
+    answers: list[dict[str, Any]] = []
     async with anyio.create_task_group() as group:
-        answers: list[dict[str, Any]] = []
 
         async def wait() -> None:
             result = await mcp.call_tool("get_task", {"task_id": task_id, "wait_seconds": 30})

@@ -245,6 +245,17 @@ def test_a_session_that_does_not_exist_ends_in_a_readable_error(box: Box) -> Non
     assert "No conversation found" in result["error"]["message"]
 
 
+def test_a_claude_code_that_dies_ends_in_a_readable_error(box: Box) -> None:
+    with ScriptedModel([HANG]) as model:
+        process = box.start(model, "Hang")
+        until(lambda: model.faults["hang"], "the hang")
+        next(process for process in box.processes() if process.name() == "claude").kill()
+        assert process.wait(20) == 0
+    assert (box.result()["outcome"], box.result()["error"]["code"]) == ("failed", "agent_error")
+    assert "exit code" in box.said("error")[-1]
+    assert box.result()["session_id"]
+
+
 def test_a_request_that_makes_no_sense_still_gets_a_result(box: Box) -> None:
     with ScriptedModel([]) as model:
         result = box.run(model, "Anything", cwd="nowhere")
@@ -364,6 +375,33 @@ def test_messages_sent_with_the_last_answer_are_not_lost(box: Box) -> None:
     assert heard.index("First") < heard.index("Second")
     assert box.result()["summary"].startswith("heard: ")
     assert "Second" in box.result()["summary"]
+
+
+def test_a_message_that_comes_just_after_the_answer_keeps_the_ear_open_for_another(box: Box) -> None:
+    def wait_for(name: str) -> Turn:
+        return bash(f"touch {box.root}/at_{name}; until test -e {box.root}/{name}; do python3 -c ''; done")
+
+    file = box.root / "run" / "runner.py"
+    file.write_text(file.read_text().replace("POLL_S = 0.25", "POLL_S = 1.5"))
+    rules = [Rule(prompt="^Start", turns=(wait_for("go"), say("started")))]
+    rules += [
+        Rule(prompt="^First", turns=(wait_for("go_on"), say("first"))),
+        Rule(prompt="^Second", turns=(say("second"),)),
+    ]
+    with ScriptedModel(rules) as model:
+        process = box.start(model, "Start")
+        until((box.root / "at_go").exists, "the agent works")
+        box.tell("broken", kind="message")
+        until(lambda: box.said("error"), "the inbox was looked at")
+        (box.root / "go").touch()
+        until(lambda: box.said("usage"), "the answer, before the inbox is looked at again")
+        box.tell("msg_1", kind="message", text="First")
+        until((box.root / "at_go_on").exists, "the agent works on the message")
+        box.tell("msg_2", kind="message", text="Second")
+        until(lambda: "Second" in box.said("user"), "the other message is heard")
+        (box.root / "go_on").touch()
+        assert process.wait(30) == 0
+    assert box.result()["summary"] == "second"
 
 
 def test_a_message_put_twice_reaches_the_agent_once(box: Box) -> None:

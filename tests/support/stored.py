@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -58,8 +59,9 @@ def in_processes(count: int, program: str, arguments: Sequence[str]) -> list[str
     """Run a program in several Python processes, which wait for each other at its `ready()`; what each prints."""
     preamble = "import sys\ndef ready():\n    print('ready', flush=True)\n    sys.stdin.readline()\n"
     command = [sys.executable, "-c", preamble + program, *arguments]
+    env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # the same code as here
     processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={})
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         for _ in range(count)
     ]
     try:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
@@ -141,14 +141,19 @@ class World:
 
     def agent_processes(self) -> list[psutil.Process]:
         """Every living process of any sandbox of this installation."""
-        found: list[psutil.Process] = []
+        return [process for process, _ in self._agents()]
+
+    def agent_commands(self) -> list[str]:
+        """The command line of each of them."""
+        return [command for _, command in self._agents()]
+
+    def _agents(self) -> list[tuple[psutil.Process, str]]:
+        found: list[tuple[psutil.Process, str]] = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 command = " ".join(process.cmdline())
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    continue
                 if str(self.home / "sandboxes") in command or self._in_sandbox(process.pid):
-                    found.append(process)
+                    found.append((process, command))
         return found
 
     def _in_sandbox(self, pid: int) -> bool:
@@ -173,8 +178,7 @@ class World:
             "the task ends",
             seconds,
         )
-        assert isinstance(ended, dict)
-        return ended
+        return cast("dict[str, Any]", ended)
 
     def close(self) -> None:
         for app in self.apps:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudagent_storage.errors import Internal
@@ -17,6 +17,7 @@ from cloudagent_storage.secrets import Keyring, generate_key
 SECRET = b"sk-ant-canary"
 
 
+@settings(max_examples=30)
 @given(plaintext=st.binary(), bound_to=st.text(st.characters(codec="utf-8")))
 def test_what_is_sealed_comes_back(plaintext: bytes, bound_to: str) -> None:
     keyring = Keyring([generate_key()])

@@ -1,3 +1,5 @@
+import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -76,9 +78,11 @@ def test_a_consumer_that_does_not_let_go_is_reported_after_the_grace(url: str) -
 def test_a_message_is_plain_json(tmp_path: Path) -> None:
     queue = TaskQueue(f"sqlite:///{tmp_path / 'queue.db'}")
     queue.put("task_x")
-    (message,) = queue._huey.storage.enqueued_items()  # pyright: ignore
-    assert b'"args": ["task_x"]' in bytes(message) and bytes(message).startswith(b"{")
     queue.close()
+    with sqlite3.connect(tmp_path / "queue.db") as database:
+        ((message,),) = database.execute("select data from task").fetchall()
+    database.close()
+    assert json.loads(message)["args"] == ["task_x"]
 
 
 def test_a_redis_that_is_not_there_is_an_error_in_bounded_time() -> None:

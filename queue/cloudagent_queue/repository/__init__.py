@@ -12,7 +12,7 @@ from cloudagent_queue.repository.address import check_address, check_ref, is_rem
 from cloudagent_queue.repository.bundles import ChangedFile, Changes, Quarantine, inspect
 from cloudagent_queue.repository.remote import fetch_remote
 from cloudagent_queue.repository.sandbox import check_out, collect, run_setup, verify
-from cloudagent_queue.repository.working_tree import LocalRepository, WorkingTree, bundle_working_tree
+from cloudagent_queue.repository.working_tree import LocalRepository, WorkingTree, bundle_working_tree, origin_of
 
 __all__ = [
     "ChangedFile",
@@ -28,6 +28,7 @@ __all__ = [
     "fetch_remote",
     "inspect",
     "is_remote",
+    "origin_of",
     "run_setup",
     "verify",
 ]

@@ -13,7 +13,6 @@ _SCP = re.compile(
     r"(?P<user>[^\s@:/]+(?::[^\s@/]*)?)@(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):(?P<path>.+)"
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_HELPER_OR_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:.]+")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]|[\ud800-\udfff]")
@@ -37,7 +36,7 @@ def check_address(repository: str, *, local_paths_allowed: bool) -> str:
         if not _USER.fullmatch(scp["user"]) or scp["path"].startswith("-"):
             raise RepositoryNotAllowed()
         return repository
-    if _HELPER_OR_SCHEME.match(repository):
+    if ":" in repository.partition("/")[0]:
         raise RepositoryNotAllowed()  # ext::…, file:…, and host:path, which ssh://host/path says without doubt
     if not local_paths_allowed:
         raise RepositoryNotAllowed(

@@ -111,17 +111,18 @@ class Changes:
 class Quarantine:
     """A temporary bare repository that holds base and result, and nothing else."""
 
-    def __init__(self, folder: Path, base: str, head: str) -> None:
+    def __init__(self, folder: Path, base: str, head: str, result_pack: bytes) -> None:
         self.folder = folder
         self.base = base
         self.head = head
+        self._result_pack = result_pack
 
     @classmethod
     @contextmanager
     def holding(
         cls, input_bundle: bytes | None, base_sha: str, result_bundle: bytes, branch: str, *, strict: bool = True
     ) -> Generator[Quarantine]:
-        """Import both bundles; `strict` has git check every object of the result and everything that it refers to.
+        """Import both bundles. Without `strict` the caller looks at the result first and then calls `check_objects`.
 
         Raises `UnsafeChange` when the result is malformed, or not one commit on `branch` that grows out of the input.
         """
@@ -136,14 +137,18 @@ class Quarantine:
                 ((head, ref),) = result.refs
                 if ref != f"refs/heads/{branch}":
                     raise ValueError("not the ref that was expected")
-                quarantine = cls(folder, base_sha, head)
+                quarantine = cls(folder, base_sha, head, result_bundle[result.pack_at :])
                 quarantine.run(
                     "init", "--quiet", "--bare", "--template=", f"--object-format={given.object_format}", "."
                 )
-                quarantine._import(input_bundle, given, strict=False)
+                quarantine.run("index-pack", "--fix-thin", "--stdin", stdin=input_bundle[given.pack_at :])
                 quarantine._expect_commits([base_sha, *result.prerequisites])
                 quarantine.run("update-ref", BASE_BRANCH, base_sha)
-                quarantine._import(result_bundle, result, strict=strict)
+                # Not `git fetch`: it would take refs as the bundle has them, and does not check a bundle's objects.
+                if strict:
+                    quarantine.check_objects()
+                else:
+                    quarantine.run("index-pack", "--fix-thin", "--stdin", stdin=quarantine._result_pack)
                 quarantine._expect_commits([head])
                 # Everything that the result needs is there, and nothing of it is read from anywhere else.
                 quarantine.run("rev-list", "--objects", "--quiet", head, "--not", base_sha)
@@ -189,10 +194,15 @@ class Quarantine:
         out = self.run("cat-file", "--batch-check=%(objectname) %(objectsize)", stdin=asked).text
         return {name: int(size) for name, size in (line.split(" ") for line in out.splitlines())}
 
-    def _import(self, bundle: bytes, header: Header, *, strict: bool) -> None:
-        # Not `git fetch`: it would take refs and capabilities as the bundle has them, and does not check its objects.
-        options = ["--strict"] if strict else []
-        self.run("index-pack", *options, "--fix-thin", "--stdin", stdin=bundle[header.pack_at :])
+    def check_objects(self) -> None:
+        """Have git check every object of the result: malformed ones, and names that no working tree may hold.
+
+        Raises `UnsafeChange`.
+        """
+        try:
+            self.run("index-pack", "--strict", "--fix-thin", "--stdin", stdin=self._result_pack)
+        except git.GitFailed:
+            raise UnsafeChange("The result holds objects that git does not accept.") from None
 
     def _expect_commits(self, ids: Sequence[str]) -> None:
         asked = "".join(f"{name}\n" for name in ids).encode()

@@ -59,7 +59,8 @@ class LocalRepository:
     def __init__(self, top: Path, *, bare: bool, settings: Sequence[tuple[str, str]]) -> None:
         self.top = top
         self.bare = bare
-        self._settings = settings
+        self.settings = settings
+        """For git on other objects in the light of this repository."""
 
     @classmethod
     def find(cls, folder: Path) -> LocalRepository:
@@ -87,11 +88,7 @@ class LocalRepository:
 
     def run(self, *arguments: str, **options: Any) -> git.Done:
         """git in this repository."""
-        return git.run(*arguments, folder=self.top, settings=self._settings, **options)
-
-    def setting(self, name: str, default: str = "") -> str:
-        """A setting as git sees it here."""
-        return self.run("config", "--get", "--default", default, name).text
+        return git.run(*arguments, folder=self.top, settings=self.settings, **options)
 
     def path(self, name: str) -> Path:
         """Where git keeps something of this repository."""

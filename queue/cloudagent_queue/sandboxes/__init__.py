@@ -1,7 +1,7 @@
 """Where agents run. A provider is one file here and one line in `PROVIDERS`.
 
-Paths are relative to the sandbox's root and may not leave it; `Sandbox.root` is that root as the processes inside see it.
-Everything in a sandbox belongs to a hostile agent: nothing read from it is trusted, and no path in it is followed
+Paths are relative to the sandbox's root and may not leave it; `Sandbox.root` is that root as the processes inside see
+it. Everything in a sandbox belongs to a hostile agent: nothing read from it is trusted, and no path in it is followed
 through a symlink.
 """
 
@@ -37,8 +37,8 @@ class SandboxInfo:
 class Sandbox(Protocol):
     """One isolated place with a file system and processes.
 
-    Every method raises `SandboxGone` when the sandbox is confirmed dead, and `SandboxUnreachable` when it does not answer
-    and may still live. The two must never be mixed up: a sandbox that may live holds the work.
+    Every method raises `SandboxGone` when the sandbox is confirmed dead, and `SandboxUnreachable` when it does not
+    answer and may still live. The two must never be mixed up: a sandbox that may live holds the work.
     """
 
     id: str
@@ -48,9 +48,10 @@ class Sandbox(Protocol):
     """An interpreter inside that can import claude_agent_sdk."""
 
     def start(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
-        """Start a command detached: it outlives this process. Its working directory is the root.
+        """Start the one command of this sandbox's life, detached: it outlives this process.
 
-        `env` is its whole environment beside PATH, HOME, LANG and TMPDIR.
+        Its working directory is the root; `env` is its whole environment beside PATH, HOME, LANG and TMPDIR, which it
+        may override. Raises `SandboxError` when a command was started before.
         """
         ...
 
@@ -75,15 +76,23 @@ class Sandbox(Protocol):
         cwd: str = ".",
         home: str | None = None,
     ) -> CommandResult:
-        """Run a command to its end beside whatever else runs here. `home` is its HOME, a path under the root."""
+        """Run a command to its end beside whatever else runs here; what it leaves running ends with it.
+
+        `cwd` and `home` (its HOME) are folders under the root; `SandboxError` is raised for any other. A command that
+        does not exist ends with 127, one that a signal ended with 128 and the signal's number.
+        """
         ...
 
     def read(self, path: str, *, offset: int = 0, max_bytes: int) -> bytes:
-        """At most `max_bytes` of a regular file from `offset`; b"" past its end or when there is no such file."""
+        """At most `max_bytes` of a file from `offset`; b"" past its end, and for whatever is no plain readable file."""
         ...
 
     def write(self, path: str, data: bytes) -> None:
         """Put a whole file in place at once, with the folders above it."""
+        ...
+
+    def output(self, *, max_bytes: int = 40_000) -> bytes:
+        """The end of what the started command printed: why it died, when it died early. Untrusted."""
         ...
 
     def extend(self, seconds: float) -> None:
@@ -91,7 +100,7 @@ class Sandbox(Protocol):
         ...
 
     def kill(self) -> None:
-        """End every process and delete the sandbox. Returns when it is gone; a sandbox that is gone already is no error."""
+        """End every process and delete the sandbox. Returns when it is gone; one that was gone before is no error."""
         ...
 
 

@@ -31,7 +31,8 @@ from cloudagent_queue.sandboxes.bubblewrap import Bubblewrap, find_bubblewrap, i
 from cloudagent_storage.errors import SandboxError, SandboxGone, SandboxUnavailable, SandboxUnreachable
 from cloudagent_storage.records import new_id
 
-SANDBOX_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SANDBOX_PATH = f"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{Path(sys.executable).parent}"
+"""The interpreter that comes along is last: only a machine without a Python of its own needs it."""
 INSIDE_ROOT = "/sandbox"
 
 NO_SUCH_COMMAND = 127

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,13 +99,13 @@ class Database:
     # -- units of work --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> Generator[None]:
         """A connection for queries that change nothing; each sees the newest that is committed."""
         with _translated(), self._peewee.connection_context():
             yield
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> Generator[None]:
         """A connection in a transaction, committed at the end; an exception leaves everything as it was."""
         with _translated(), self._peewee.connection_context(), self._peewee.atomic():
             yield
@@ -156,7 +156,7 @@ class Database:
             Runner(self._peewee, str(MIGRATIONS)).up()
 
     @contextmanager
-    def _only_migrator(self) -> Iterator[None]:
+    def _only_migrator(self) -> Generator[None]:
         """A connection of which there is one at a time: the runner of migrations has no lock of its own."""
         if self._file is not None:
             try:
@@ -180,7 +180,7 @@ class Database:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated() -> Generator[None]:
     """The one place where a driver's exception becomes one of ours."""
     try:
         yield

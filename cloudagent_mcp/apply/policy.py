@@ -1,0 +1,217 @@
+"""Which changes may be written to a working tree at all, and which only when the user has named them.
+
+git keeps paths inside the tree; what a path *means* to the machines and the agents that read it is decided here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import posixpath
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+
+from cloudagent_queue import git
+from cloudagent_queue.repository import ChangedFile, Quarantine
+from cloudagent_storage.errors import UnsafeChange
+
+FILES_LIMIT = 2_000
+TOTAL_LIMIT = 50 * git.MB
+FILE_LIMIT = 10 * git.MB
+
+_REGULAR, _SYMLINK = ("100644", "100755"), "120000"
+# As a tree's bytes have it. 100664 is what git itself wrote in its first months.
+_TREE_MODES = frozenset({"40000", "100644", "100755", "100664", "120000", "160000"})
+
+# Matched against every folder and file name of a path, without regard to case. A pattern with a slash covers names
+# that follow each other.
+_EXECUTES: Sequence[str] = (
+    *[".claude", "claude.md", "claude.local.md", "agents.md", "gemini.md", ".mcp.json", ".cursor", ".cursorrules"],
+    *[".gemini", ".codex", ".windsurf", ".windsurfrules", ".clinerules", ".roo", ".aider*", ".github/copilot*"],
+    *[".vscode", ".idea", "*.code-workspace", ".devcontainer", ".devcontainer.json"],
+    *[".github/workflows", ".github/actions", ".gitlab-ci.yml", ".gitlab-ci.yaml", ".circleci", ".travis.yml"],
+    *["azure-pipelines*.yml", "bitbucket-pipelines.yml", "jenkinsfile", ".drone.yml", ".buildkite", ".woodpecker*"],
+    *["appveyor.yml", ".appveyor.yml", ".forgejo", ".gitea"],
+    *[".husky", ".githooks", ".pre-commit-config.yaml", "lefthook.y*ml", ".lefthook.y*ml"],
+    *[".envrc", ".env", ".env.*", "mise.toml", ".mise.toml", ".mise", ".gitattributes", ".gitmodules", ".gitconfig"],
+    *[".npmrc", ".yarnrc*", "pip.conf", "*.pth", "sitecustomize.py", "usercustomize.py"],
+)
+_ORDINARY_WORK: Sequence[str] = ("conftest.py", "setup.py", "makefile", "gnumakefile", "package.json")
+
+_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
+_GIT_SHORT_NAME = re.compile(r"(git|gitmod|gi[0-9a-f]{4}|gi7eba)~[0-9]+", re.IGNORECASE)
+_SHOWN_LIMIT = 200
+
+
+def shown(path: str) -> str:
+    """A hostile path as it may be shown to a person or a model."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in path)
+    return text if len(text) <= _SHOWN_LIMIT else f"{text[:_SHOWN_LIMIT]}…"
+
+
+def listed(paths: Iterable[str]) -> str:
+    """Several of them, the first twenty by name."""
+    names = [shown(path) for path in paths]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
+
+
+def is_sensitive(path: str) -> bool:
+    """Can a file of this name make a machine, or somebody's agent, execute things without being asked?"""
+    return _matches(path, _EXECUTES)
+
+
+def is_notable(file: ChangedFile) -> bool:
+    """Ordinary work, but worth a look: a file that builds and tests run by themselves, or that becomes executable."""
+    return _matches(file.path, _ORDINARY_WORK) or (file.new_mode == "100755" and file.old_mode != "100755")
+
+
+def check_changes(quarantine: Quarantine, files: Sequence[ChangedFile]) -> None:
+    """Raises `UnsafeChange`, naming the path, for a change that is never written."""
+    for file in files:
+        _check_path(file.path)
+        if file.new_mode == "160000" or file.old_mode == "160000":
+            raise unsafe(file.path, "is a submodule")
+        if file.new_mode not in ("000000", *_REGULAR, _SYMLINK):
+            raise unsafe(file.path, "is no ordinary file")
+    _check_tree_modes(quarantine)
+    _check_limits(quarantine, files)
+    quarantine.check_objects()
+    modes = _modes(quarantine)
+    _check_collisions([file.path for file in files if file.old_mode == "000000"], modes)
+    for file in files:
+        if file.new_mode == _SYMLINK:
+            _check_link(file.path, quarantine.run("cat-file", "blob", file.new_id).out, modes)
+
+
+def folded(name: str) -> str:
+    """What a file system that ignores case, composition and invisible characters makes of a name."""
+    visible = "".join(c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) != "Cf")
+    return unicodedata.normalize("NFC", visible.casefold())
+
+
+def link_goal(path: str, target: str) -> str | None:
+    """Where a symlink leads, as a path in the tree; None when it leads out of it or into .git."""
+    if not target or target.startswith("/") or "\0" in target or "\\" in target:
+        return None
+    parts = list(PurePosixPath(path).parts[:-1])
+    for part in target.split("/"):
+        if part == "..":
+            if not parts:
+                return None
+            parts.pop()
+        elif part not in ("", "."):
+            if _is_git_folder(part):
+                return None
+            parts.append(part)
+    return "/".join(parts)
+
+
+def _check_path(path: str) -> None:
+    if path.startswith("/") or len(path.encode("utf-8", "surrogateescape")) > 4096:
+        raise unsafe(path, "is no path in the tree")
+    for part in path.split("/"):
+        if part in ("", ".", ".."):
+            raise unsafe(path, "leads out of the tree")
+        if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in part):
+            raise unsafe(path, "has invisible characters in its name, or is no Unicode")
+        if _is_git_folder(part):
+            raise unsafe(path, "lies in git's own folder")
+        if ":" in part or "\\" in part or part.endswith((".", " ")) or _RESERVED.fullmatch(part):
+            raise unsafe(path, "has a name that other systems read as something else")
+        if len(part.encode()) > 255:
+            raise unsafe(path, "has a name that is too long")
+
+
+def _is_git_folder(part: str) -> bool:
+    name = folded(part).rstrip(". ").partition(":")[0]
+    return name == ".git" or bool(_GIT_SHORT_NAME.fullmatch(name))
+
+
+def _check_tree_modes(quarantine: Quarantine) -> None:
+    # git reads every mode as one of its own, so a setuid bit can only be seen in a tree's bytes.
+    out = quarantine.run("diff-tree", "-r", "-t", "-z", "--raw", "--no-renames", quarantine.base, quarantine.head).out
+    fields = iter(out.decode("utf-8", "surrogateescape").split("\0")[:-1])
+    folders = {path: about.split(" ")[3] for about, path in zip(fields, fields, strict=True)}
+    trees = {path: name for path, name in folders.items() if not set(name) <= {"0"}}
+    root = quarantine.run("rev-parse", f"{quarantine.head}^{{tree}}").text
+    asked = "".join(f"{name}\n" for name in [root, *trees.values()]).encode()
+    objects = quarantine.run("cat-file", "--batch", stdin=asked).out
+    at = 0
+    for path in ["", *trees]:
+        end = objects.index(b"\n", at)
+        _, kind, size = objects[at:end].split(b" ")
+        data, at = objects[end + 1 : end + 1 + int(size)], end + 2 + int(size)
+        if kind != b"tree":
+            continue
+        id_length = len(quarantine.head) // 2
+        while data:
+            head, _, rest = data.partition(b"\0")
+            mode, _, name = head.partition(b" ")
+            if mode.decode("ascii", "replace") not in _TREE_MODES:
+                raise unsafe(posixpath.join(path, name.decode("utf-8", "surrogateescape")), "is no ordinary file")
+            data = rest[id_length:]
+
+
+def _check_limits(quarantine: Quarantine, files: Sequence[ChangedFile]) -> None:
+    if len(files) > FILES_LIMIT:
+        raise UnsafeChange(f"The result changes {len(files)} files; the limit is {FILES_LIMIT}. Nothing was written.")
+    written = [file for file in files if file.new_mode != "000000"]
+    sizes = quarantine.sizes([file.new_id for file in written])
+    for file in written:
+        if sizes[file.new_id] > FILE_LIMIT:
+            size = f"has {sizes[file.new_id] // git.MB} MB, and the limit is {FILE_LIMIT // git.MB} MB"
+            raise unsafe(file.path, size)
+    total = sum(sizes[file.new_id] for file in written)
+    if total > TOTAL_LIMIT:
+        raise UnsafeChange(
+            f"The result's files add up to {total // git.MB} MB; the limit is {TOTAL_LIMIT // git.MB} MB. "
+            "Nothing was written."
+        )
+
+
+def _modes(quarantine: Quarantine) -> dict[str, str]:
+    """Every path of the result, and its mode."""
+    out = quarantine.run("ls-tree", "-r", "-z", quarantine.head).out.decode("utf-8", "surrogateescape")
+    entries = (entry.split("\t", 1) for entry in out.split("\0")[:-1])
+    return {path: about.split(" ")[0] for about, path in entries}
+
+
+def _check_collisions(added: Sequence[str], modes: Mapping[str, str]) -> None:
+    names: dict[str, set[str]] = {}
+    for path in modes:
+        for name in _prefixes(path):
+            names.setdefault(folded(name), set()).add(name)
+    for path in added:
+        if any(len(names[folded(name)]) > 1 for name in _prefixes(path)):
+            raise unsafe(path, "differs from another name only in case or invisibly")
+
+
+def _check_link(path: str, target: bytes, modes: Mapping[str, str]) -> None:
+    goal = link_goal(path, target.decode("utf-8", "surrogateescape")) if len(target) <= 4096 else None
+    if goal is None:
+        raise unsafe(path, "is a symlink that leads out of the tree")
+    if any(modes.get(name) == _SYMLINK for name in _prefixes(goal)):
+        raise unsafe(path, "is a symlink that leads through another one")
+
+
+def _prefixes(path: str) -> list[str]:
+    """The path and the folders above it."""
+    parts = path.split("/")
+    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    parts = [folded(part) for part in path.split("/")]
+    for pattern in patterns:
+        wanted = pattern.split("/")
+        for start in range(len(parts) - len(wanted) + 1):
+            if all(fnmatch.fnmatchcase(parts[start + i], glob) for i, glob in enumerate(wanted)):
+                return True
+    return False
+
+
+def unsafe(path: str, what: str) -> UnsafeChange:
+    """The refusal of a result because of one path in it."""
+    return UnsafeChange(f"{shown(path)} {what}. Nothing was written.")
