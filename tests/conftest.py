@@ -36,11 +36,10 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="session")
 def migrated_database(postgres: PostgresServer) -> str:
-    """A database on that server with all tables and one account, to make others from."""
+    """A database on that server with all tables: emptied after each test, which is ten times faster than another."""
     name = postgres.create_database()
     store = Store.open(postgres.url(name))
     store.migrate()
-    store.accounts.ensure(LOCAL_ACCOUNT)
     store.close()
     return name
 
@@ -77,20 +76,20 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The address of a database, of either kind, with all tables and the account `local`."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path / 'store.db'}"
-        store = Store.open(url)
-        store.migrate()
-        store.accounts.ensure(LOCAL_ACCOUNT)
-        store.close()
-        yield url
-        return
-    postgres: PostgresServer = request.getfixturevalue("postgres")
-    name = postgres.create_database(template=request.getfixturevalue("migrated_database"))
-    yield postgres.url(name)
-    postgres.drop_database(name)
+    else:
+        postgres: PostgresServer = request.getfixturevalue("postgres")
+        name: str = request.getfixturevalue("migrated_database")
+        request.addfinalizer(lambda: postgres.empty_database(name))
+        url = postgres.url(name)
+    store = Store.open(url)
+    store.migrate()
+    store.accounts.ensure(LOCAL_ACCOUNT)
+    store.close()
+    return url
 
 
 @pytest.fixture

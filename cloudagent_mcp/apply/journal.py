@@ -124,12 +124,13 @@ class Journal:
             tree.remove_leftover(folder, temporary)
         originals = (self._folder / "originals").read_bytes()
         changed: list[str] = []
-        for step in [*(s for s in steps if s["before"] is None), *(s for s in steps if s["before"] is not None)]:
+
+        def put_back(step: dict[str, Any]) -> None:
             path, before = step["path"], _restored(step["before"], originals)
             try:
                 now = tree.read(path)
                 if now == before:
-                    continue
+                    return
                 if not _matches(now, step["after"]):
                     raise Changed(path)
                 if before is not None:
@@ -139,14 +140,14 @@ class Journal:
                 tree.replace(path, before, expected=now, temporary=temporary, mode=mode)
             except (Changed, InTheWay):
                 changed.append(path)
-                continue
-            if before is None:
-                for folder in _folders_above(path):
-                    if folder not in self._entry["new_folders"] or not tree.remove_folder(folder):
-                        break
-        # A folder may have been made, and nothing in it yet.
+
+        # What was added goes first, with its folders: it may have the name of a file that was there.
+        for step in (step for step in steps if step["before"] is None):
+            put_back(step)
         for folder in sorted(self._entry["new_folders"], key=len, reverse=True):
             tree.remove_folder(folder)
+        for step in (step for step in steps if step["before"] is not None):
+            put_back(step)
         self._sync(tree)
         self.forget()
         return changed

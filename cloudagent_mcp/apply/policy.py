@@ -70,7 +70,7 @@ def is_notable(file: ChangedFile) -> bool:
 def check_changes(quarantine: Quarantine, files: Sequence[ChangedFile]) -> None:
     """Raises `UnsafeChange`, naming the path, for a change that is never written."""
     for file in files:
-        _check_path(file.path)
+        check_path(file.path)
         if file.new_mode == "160000" or file.old_mode == "160000":
             raise unsafe(file.path, "is a submodule")
         if file.new_mode not in ("000000", *_REGULAR, _SYMLINK):
@@ -108,7 +108,8 @@ def link_goal(path: str, target: str) -> str | None:
     return "/".join(parts)
 
 
-def _check_path(path: str) -> None:
+def check_path(path: str) -> None:
+    """Raises `UnsafeChange` for a path that leads out of a tree, into git's folder, or elsewhere on other systems."""
     if path.startswith("/") or len(path.encode("utf-8", "surrogateescape")) > 4096:
         raise unsafe(path, "is no path in the tree")
     for part in path.split("/"):

@@ -1,7 +1,8 @@
 """Runs Claude Code inside a sandbox. This file is copied there and stands alone: standard library and claude_agent_sdk.
 
     python run/runner.py            run/request.json in; run/events.jsonl while it works; run/result.json last
-    python run/runner.py session    collect the conversation's files into run/session.json
+    python run/runner.py session    collect the conversation's files into run/session.json, where that was not done at
+                                    the end because the runner was killed
 
 The working directory is the sandbox's root. `request.json` holds `prompt`, `cwd`, and, each may be null or absent,
 `resume` (a session's id), `model`, `max_turns`, `max_budget_usd`, `checkpoint_seconds`, `system_append`. The user's
@@ -497,6 +498,10 @@ def main(arguments: list[str]) -> int:
         result = {"outcome": "failed", "error": {"code": "agent_error", "message": message}, "summary": None}
         result |= {"session_id": None, "model": None, "usage": {}}
     end_agent()
+    try:
+        collect_session()  # here, where Python has started already
+    except OSError as error:
+        log.add("error", f"The session could not be collected: {describe(error)}", level="warning")
     write_whole(RESULT, result)
     return 0
 

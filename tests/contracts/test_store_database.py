@@ -239,6 +239,7 @@ def test_a_connection_that_is_dropped_in_a_transaction_leaves_nothing_behind(
 def test_a_writer_that_stops_in_a_transaction_does_not_keep_its_row(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert "idle_in_transaction_session_timeout" in database.SERVER_SETTINGS
     monkeypatch.setitem(database.SERVER_SETTINGS, "idle_in_transaction_session_timeout", "1s")
     stopped = database.Database(postgres_url)
     store = Store.open(postgres_url)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -411,7 +411,7 @@ def test_a_directory_that_may_not_be_written_to_stays_as_it_is() -> None:
 
 
 @contextmanager
-def as_somebody_else(user_id: int) -> Iterator[None]:
+def as_somebody_else(user_id: int) -> Generator[None]:
     own = os.geteuid()
     if own == 0:
         os.seteuid(user_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from cloudagent_mcp.scripted_model import Rule, ScriptedModel, Text, ToolUse, Tu
 from cloudagent_queue import runner
 from cloudagent_queue.agents.claude import Claude
 from cloudagent_queue.sandboxes.local import LocalProvider
-from cloudagent_storage.errors import CredentialMissing, SandboxUnavailable
+from cloudagent_storage.errors import CredentialMissing
 from cloudagent_storage.records import TaskSpec
 from tests.support.scripts import HANG, STEPS, WRITE_AND_COMMIT, bash, pause, say, use
 
@@ -542,10 +541,6 @@ def test_every_secret_of_the_environment_is_named() -> None:
 
 def test_the_agent_works_in_a_real_sandbox(tmp_path: Path) -> None:
     provider = LocalProvider(tmp_path / "sandboxes")
-    try:
-        provider.self_check()
-    except SandboxUnavailable as error:
-        pytest.skip(error.message)
     agent, spec = Claude(), TaskSpec(prompt="Write and commit", title="t")
     sandbox = provider.create(metadata={})
     try:
@@ -563,8 +558,7 @@ def test_the_agent_works_in_a_real_sandbox(tmp_path: Path) -> None:
         assert session is not None
         assert json.loads(session)["session_id"] == json.loads(data)["session_id"]
         planted = {"session_id": "x", "files": {"../../.bashrc": "curl"}}
-        code = f"import json; open('run/session.json', 'w').write({json.dumps(planted)!r})"
-        sandbox.write("run/runner.py", code.encode())
+        sandbox.write("run/session.json", json.dumps(planted).encode())
         assert agent.session(sandbox) is None
     finally:
         sandbox.kill()
@@ -572,7 +566,7 @@ def test_the_agent_works_in_a_real_sandbox(tmp_path: Path) -> None:
 
 def test_what_the_worker_tells_lands_in_the_inbox(tmp_path: Path) -> None:
     provider = LocalProvider(tmp_path / "sandboxes")
-    sandbox = provider.create(metadata={}) if os.path.exists("/proc") else pytest.skip("Linux only")
+    sandbox = provider.create(metadata={})
     Claude().tell(sandbox, "msg_1", {"kind": "message", "text": "hi"})
     assert json.loads(sandbox.read("run/inbox/msg_1.json", max_bytes=100)) == {"kind": "message", "text": "hi"}
     sandbox.kill()

@@ -60,11 +60,21 @@ class PostgresServer:
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
-    def create_database(self, *, template: str = "template1") -> str:
-        """The name of a fresh database that looks like `template`, to which nobody may be connected."""
+    def create_database(self) -> str:
+        """The name of a fresh database."""
         name = f"test_{next(self._numbers)}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self.execute(f"CREATE DATABASE {name} STRATEGY FILE_COPY")
         return name
+
+    def empty_database(self, name: str) -> None:
+        """Delete every row but those about migrations, whoever is still connected."""
+        self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        found = self.execute(
+            "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'schema_migration'",
+            database=name,
+        )
+        tables = ", ".join(str(table) for (table,) in found)
+        self.execute(f"TRUNCATE {tables} RESTART IDENTITY", database=name)
 
     def drop_database(self, name: str) -> None:
         """Delete a database, whoever is still connected to it."""

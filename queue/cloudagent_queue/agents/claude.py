@@ -136,9 +136,11 @@ class Claude:
 
         The paths name a folder and a file of a session there and nothing else; the texts are untrusted.
         """
-        if sandbox.run([sandbox.python, RUNNER, "session"], timeout_s=60).exit_code != 0:
-            return None
         data = sandbox.read(SESSION, max_bytes=SESSION_MAX)
+        if not data:
+            # The runner was killed: it would have been collected at its end.
+            sandbox.run([sandbox.python, RUNNER, "session"], timeout_s=60)
+            data = sandbox.read(SESSION, max_bytes=SESSION_MAX)
         try:
             found = json.loads(data)
         except (ValueError, RecursionError):
