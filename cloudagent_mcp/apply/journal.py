@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class Journal:
                 return _matches(tree.read(path), after)
             except InTheWay as obstacle:
                 # A file that this apply deleted, and whose name it gave to a folder, or the other way round.
-                return after is None and (obstacle.path in written or tree.holds_only(obstacle.path, written))
+                return after is None and _is_made_of(tree, obstacle.path, written)
 
         return [step["path"] for step in self._entry["steps"] if not as_left(step["path"], step["after"])]
 
@@ -124,6 +124,7 @@ class Journal:
             tree.remove_leftover(folder, temporary)
         originals = (self._folder / "originals").read_bytes()
         changed: list[str] = []
+        originally = {step["path"] for step in steps if step["before"] is not None}
 
         def put_back(step: dict[str, Any]) -> None:
             path, before = step["path"], _restored(step["before"], originals)
@@ -138,8 +139,12 @@ class Journal:
                         tree.make_folder(folder, self._entry["folder_modes"].get(folder))
                 mode = None if before is None else before.mode
                 tree.replace(path, before, expected=now, temporary=temporary, mode=mode)
-            except (Changed, InTheWay):
+            except Changed:
                 changed.append(path)
+            except InTheWay as obstacle:
+                # What was there before an added file, as a folder or as a file above it, is still there.
+                if before is not None or not _is_made_of(tree, obstacle.path, originally):
+                    changed.append(path)
 
         # What was added goes first, with its folders: it may have the name of a file that was there.
         for step in (step for step in steps if step["before"] is None):
@@ -180,6 +185,11 @@ def _folders_above(path: str) -> list[str]:
         path = path.rpartition("/")[0]
         folders.append(path)
     return folders
+
+
+def _is_made_of(tree: Tree, path: str, paths: Container[str]) -> bool:
+    """Is this one of these files, or a folder of nothing else?"""
+    return path in paths or tree.holds_only(path, paths)
 
 
 def _kept(file: File, *, at: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from cloudagent_storage.records import (
 )
 from cloudagent_storage.store import Store
 from cloudagent_storage.store.database import Database
+from cloudagent_storage.store.row import find
 from cloudagent_storage.store.tasks import Tasks
 from tests.support.stored import EXPIRED, at_once, claimed, in_processes, line, messages, queued
 
@@ -79,6 +80,7 @@ def test_of_several_workers_on_several_stores_one_gets_the_task(store: Store, st
 CLAIM_ALL = """
 from cloudagent_storage.store import Store
 from cloudagent_storage.store.database import Database
+from cloudagent_storage.store.row import find
 from cloudagent_storage.store.tasks import Tasks
 url, *task_ids = sys.argv[1:]
 store = Store.open(url)
@@ -331,6 +333,22 @@ def test_the_end_of_a_task_is_one_step(store: Store) -> None:
     assert task.completed_at is not None and task.started_at is not None and task.completed_at >= task.started_at
     assert messages(store, task_id)[-1] == "Completed."
     assert store.tasks.claim(task_id, worker="worker", lease_s=60) is None
+
+
+def test_a_task_that_has_ended_keeps_no_credentials(store: Store, store_url: str) -> None:
+    cancelled, poisoned, finished = queued(store), queued(store), queued(store)
+    store.tasks.request_cancel(LOCAL_ACCOUNT, cancelled)
+    for _ in range(3):
+        claimed(store, poisoned, lease_s=EXPIRED)
+    assert store.tasks.claim(poisoned, worker="worker", lease_s=60) is None
+    store.tasks.finish(finished, claimed(store, finished).attempt, status=TaskStatus.FAILED, error=FAILED)
+    database = Database(store_url)
+    with database.reading():
+        for task_id in (cancelled, poisoned, finished):
+            row = find(database, LOCAL_ACCOUNT, task_id)
+            assert (row.credentials, row.owner, row.lease_until) == (None, None, None)
+            assert TaskStatus(row.status).terminal
+    database.close()
 
 
 def test_a_task_is_never_finished_into_a_status_that_is_no_end(store: Store) -> None:

@@ -115,3 +115,21 @@ class TaskIdModel(ScriptedModel):
                 task_id = client.call("list_tasks", limit=1)["tasks"][0]["task_id"]
             turn = Turn.model_validate_json(turn.model_dump_json().replace("TASK", task_id))
         return turn, fault, values
+
+
+def test_the_example_delegates_a_task_and_applies_it(world: World, repo: Path) -> None:
+    example = Path(__file__).parent.parent.parent / "examples" / "delegate.py"
+    with ScriptedModel([FIX]) as model:
+        world = world.with_model(model.environment())
+        done = subprocess.run(
+            [sys.executable, example, "Fix add", "--verify", TEST],
+            cwd=repo,
+            env=world.environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Fixed add." in done.stdout and "modified calc.py" in done.stdout
+        assert MENDED in (repo / "calc.py").read_text()
+    stop_embedded_worker(world)

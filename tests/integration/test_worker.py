@@ -1,0 +1,174 @@
+"""What happens around tasks: lost doorbells, orphan sandboxes, workers that come and go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from cloudagent_mcp import __version__
+from cloudagent_mcp.embedded import ensure_worker, only_worker, running_worker, stop_when_idle
+from cloudagent_mcp.worker import deployment
+from cloudagent_queue.lease import Lease
+from cloudagent_queue.sandboxes import open_provider
+from cloudagent_queue.sweep import kill_orphans, ring_again
+from cloudagent_storage.errors import Busy, LeaseLost
+from cloudagent_storage.records import LOCAL_ACCOUNT, TaskSpec, TaskStatus
+from cloudagent_storage.store import Store
+from tests.support.worlds import FAST, World, until
+
+SPEC = TaskSpec(prompt="x", title="x")
+
+
+def test_a_task_whose_message_was_lost_is_rung_for_again_and_runs(world: World) -> None:
+    with world.client() as client:
+        task_id = client.call("submit_task", prompt="x", repository="none", timeout_minutes=0.1)["task_id"]
+        (world.home / "queue.db").unlink()
+        world.start_worker()
+        # No model is there: that it was tried is enough.
+        until(lambda: client.call("get_task", task_id=task_id)["attempt"] == 1, "the task is claimed")
+        client.call("cancel_task", task_id=task_id)
+        world.wait(client, task_id)
+
+
+def test_only_sandboxes_that_no_living_task_owns_are_killed(world: World) -> None:
+    store, provider = world.app().store, open_provider("local", data_folder=world.home)
+    owner = deployment(world.settings.store_url)
+
+    def sandbox(task: str, nonce: str, owner: str = owner) -> str:
+        return provider.create(metadata={"deployment": owner, "task": task, "nonce": nonce}).id
+
+    running, ended = (store.tasks.add(LOCAL_ACCOUNT, SPEC).task_id for _ in range(2))
+    for task in (running, ended):
+        assert store.tasks.claim(task, worker="w", lease_s=60)
+    by_nonce, by_id = sandbox(running, "nonce-1"), sandbox(running, "nonce-2")
+    store.tasks.update(running, 1, sandbox_nonce="nonce-1", sandbox_id=by_id)
+    orphans = {sandbox(running, "an earlier one"), sandbox(ended, "nonce-3"), sandbox("task_unknown", "nonce-4")}
+    store.tasks.update(ended, 1, sandbox_nonce="nonce-3")
+    store.tasks.finish(ended, 1, status=TaskStatus.FAILED)
+    foreign = sandbox(ended, "nonce-5", owner="another installation")
+
+    assert kill_orphans(store, provider, deployment=owner) == len(orphans)
+    assert {info.id for info in provider.list({})} == {by_nonce, by_id, foreign}
+
+
+def test_ringing_again_leaves_out_what_was_rung_for_just_now(world: World) -> None:
+    app = world.app()
+    app.store.tasks.add(LOCAL_ACCOUNT, SPEC)
+    assert ring_again(app.store, app.queue, FAST) == 1
+    assert ring_again(app.store, app.queue, FAST) == 0
+
+
+def test_a_lease_is_let_go_of_before_another_worker_may_have_it(store: Store) -> None:
+    task_id = store.tasks.add(LOCAL_ACCOUNT, SPEC).task_id
+    claim = store.tasks.claim(task_id, worker="first", lease_s=FAST.lease_s)
+    assert claim is not None
+    with Lease(store, claim, FAST) as lease:
+        lease.check()
+        store.tasks.release(task_id, claim.attempt)
+        assert store.tasks.claim(task_id, worker="second", lease_s=60) is not None
+
+        def lost() -> bool:
+            try:
+                lease.check()
+            except LeaseLost:
+                return True
+            return False
+
+        until(lost, "the first worker notices")
+
+
+def test_a_cancel_interrupts_a_long_call_from_the_leases_own_thread(store: Store) -> None:
+    task_id = store.tasks.add(LOCAL_ACCOUNT, SPEC).task_id
+    claim = store.tasks.claim(task_id, worker="w", lease_s=60)
+    assert claim is not None
+    interrupted = threading.Event()
+    with Lease(store, claim, FAST) as lease, lease.interruptible(interrupted.set):
+        store.tasks.request_cancel(LOCAL_ACCOUNT, task_id)
+        assert interrupted.wait(10)
+        assert lease.signals.cancel_requested
+
+
+def test_there_is_one_embedded_worker_for_a_data_folder(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloudagent_mcp.embedded.DRAIN_S", 0.1)
+    with only_worker(world.home, version="1.0"):
+        found = running_worker(world.home)
+        assert found is not None and (found.version, found.pid) == ("1.0", os.getpid())
+        with pytest.raises(Busy), only_worker(world.home, version="1.0"):
+            pass
+    assert running_worker(world.home) is None
+
+
+def test_an_idle_worker_stops_but_not_while_a_task_is_unfinished(world: World) -> None:
+    store = world.app().store
+    task_id = store.tasks.add(LOCAL_ACCOUNT, SPEC).task_id
+    stopping = threading.Event()
+    with only_worker(world.home, version="1.0") as lock:
+        watching = threading.Thread(
+            target=stop_when_idle, args=(store, lock, world.home, stopping), kwargs={"idle_s": 0.2}
+        )
+        watching.start()
+        assert not stopping.wait(1.0)
+        assert running_worker(world.home) is not None
+        store.tasks.request_cancel(LOCAL_ACCOUNT, task_id)
+        assert stopping.wait(10)
+        watching.join(10)
+        assert running_worker(world.home) is None
+
+
+def test_a_task_that_is_committed_while_the_worker_is_about_to_stop_is_seen(world: World) -> None:
+    store = world.app().store
+    stopping = threading.Event()
+    with only_worker(world.home, version="1.0") as lock:
+        # Held, as by a client that has committed a task and looks whether a worker runs.
+        with FileLock(world.home / "worker.start.lock"):
+            watching = threading.Thread(
+                target=stop_when_idle, args=(store, lock, world.home, stopping), kwargs={"idle_s": 0.1}
+            )
+            watching.start()
+            assert not stopping.wait(1.0)
+            store.tasks.add(LOCAL_ACCOUNT, SPEC)
+        assert not stopping.wait(1.0)
+        assert running_worker(world.home) is not None
+        stopping.set()
+        watching.join(10)
+
+
+OLD_WORKER = """
+import sys, threading
+from cloudagent_mcp.embedded import only_worker
+import signal, pathlib
+stop = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+with only_worker(pathlib.Path(sys.argv[1]), version="0.0.1"):
+    print("holds", flush=True)
+    stop.wait(60)
+"""
+
+
+def test_an_older_worker_is_asked_to_drain_and_a_new_one_takes_its_place(world: World) -> None:
+    old = subprocess.Popen([sys.executable, "-c", OLD_WORKER, str(world.home)], stdout=subprocess.PIPE)
+    assert old.stdout is not None and old.stdout.readline()
+    ensure_worker(world.settings, version=__version__)
+    assert old.wait(15) == 0
+    old.stdout.close()
+    found = until(
+        lambda: (now := running_worker(world.home)) and now.version == __version__ and now, "the new one runs", 20
+    )
+    os.kill(found.pid, signal.SIGTERM)
+    until(lambda: running_worker(world.home) is None, "it stops")
+
+
+def test_the_embedded_worker_gets_no_clients_credential(world: World) -> None:
+    ensure_worker(world.settings, version=__version__)
+    found = until(lambda: (now := running_worker(world.home)) and now.pid and now, "the worker runs", 20)
+    environment = Path(f"/proc/{found.pid}/environ").read_bytes()
+    assert b"CLOUDAGENT_HOME=" in environment and b"ANTHROPIC" not in environment
+    os.kill(found.pid, signal.SIGTERM)
+    until(lambda: running_worker(world.home) is None, "it stops")
