@@ -151,6 +151,8 @@ def _diff_text(diff: Diff) -> str:
     head = [f"task_id={diff.task_id} branch={diff.branch} base={diff.base_sha} files={len(files)}", *files[:200]]
     if len(files) > 200:
         head.append(f"… and {len(files) - 200} more; ask for a folder with path.")
+    if diff.truncated:
+        head.append("The task changed more than is kept of its diff; apply_task has it all.")
     text = "\n".join(head)
     if not diff.diff:
         return text

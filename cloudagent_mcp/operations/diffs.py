@@ -29,14 +29,15 @@ class Diff(Record):
     files: tuple[DiffFile, ...]
     diff: str
     truncated: bool = False
-    """Is text missing at the end?"""
+    """Is something of it missing, because it was too long? The bundle has it all."""
 
 
 def parse_diff(task: Task, text: str, *, path: str | None, stat_only: bool) -> Diff:
     """The files of a stored diff, or only those at or under `path`. Raises `NotFound` when there are none there."""
+    sections = list(_sections(text))
     chosen = [
         (file, section)
-        for file, section in _sections(text)
+        for file, section in sections
         if path is None or file.path == path or file.path.startswith(path.rstrip("/") + "/")
     ]
     if path is not None and not chosen:
@@ -47,7 +48,17 @@ def parse_diff(task: Task, text: str, *, path: str | None, stat_only: bool) -> D
         base_sha=task.base_sha,
         files=tuple(file for file, _ in chosen),
         diff="" if stat_only else "".join(section for _, section in chosen),
+        truncated=_is_cut([file for file, _ in sections], task),
     )
+
+
+def _is_cut(files: list[DiffFile], task: Task) -> bool:
+    """A very long diff is kept only in part; the numbers beside it were counted on the whole."""
+    whole = task.result.artifacts if task.result else None
+    if whole is None:
+        return False
+    counted = (len(files), sum(file.insertions for file in files), sum(file.deletions for file in files))
+    return counted != (whole.files_changed, whole.insertions, whole.deletions)
 
 
 def _sections(text: str) -> Iterator[tuple[DiffFile, str]]:

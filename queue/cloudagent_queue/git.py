@@ -6,13 +6,16 @@ asks for. Settings travel in the environment and not on the command line, since 
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import resource
 import selectors
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +25,9 @@ from pathlib import Path
 from cloudagent_storage.errors import GitMissing, Internal
 
 MB = 1024 * 1024
+OLDEST = (2, 32)
 STDERR_LIMIT = 64 * 1024
+GIVE_UP_WITHIN_S = 0.2
 PATH = "/usr/local/bin:/usr/bin:/bin"
 
 SETTINGS: Mapping[str, str] = {
@@ -93,6 +98,7 @@ def run(
     max_bytes: int = 256 * MB,
     cut: bool = False,
     max_memory: int | None = None,
+    give_up: threading.Event | None = None,
 ) -> Done:
     """Run git in `folder` to its end.
 
@@ -100,7 +106,8 @@ def run(
     credential helpers and ssh keys may be used; without it nobody's are. With `cut`, only the first `max_bytes` of its
     output are wanted: a longer one is no error.
 
-    Raises `GitMissing`, `TooMuchOutput`, and `GitFailed` for an exit code that is not in `ok` or when time is up.
+    Raises `GitMissing` (also for one that is too old), `TooMuchOutput`, and `GitFailed` for an exit code that is not
+    in `ok`, when time is up, or when `give_up` was set meanwhile.
     """
     environment = _environment(
         [*SETTINGS.items(), *((f"protocol.{protocol}.allow", "always") for protocol in protocols), *settings],
@@ -124,7 +131,9 @@ def run(
             if max_memory is not None and hasattr(resource, "prlimit"):
                 with suppress(ProcessLookupError, PermissionError):  # the latter in a process that has changed its user
                     resource.prlimit(process.pid, resource.RLIMIT_AS, (max_memory, max_memory))
-            out, err, ended = _read(process, max_bytes=max_bytes, deadline=time.monotonic() + timeout_s)
+            out, err, ended = _read(
+                process, max_bytes=max_bytes, deadline=time.monotonic() + timeout_s, give_up=give_up
+            )
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -138,7 +147,9 @@ def run(
     return Done(exit_code, out)
 
 
-def _read(process: subprocess.Popen[bytes], *, max_bytes: int, deadline: float) -> tuple[bytes, bytes, bool]:
+def _read(
+    process: subprocess.Popen[bytes], *, max_bytes: int, deadline: float, give_up: threading.Event | None
+) -> tuple[bytes, bytes, bool]:
     """What it prints, at most one byte more than `max_bytes`, and whether it ended by itself."""
     assert process.stdout is not None and process.stderr is not None
     out, err = bytearray(), bytearray()
@@ -147,9 +158,9 @@ def _read(process: subprocess.Popen[bytes], *, max_bytes: int, deadline: float) 
         waiting.register(process.stderr, selectors.EVENT_READ, (err, STDERR_LIMIT))
         while waiting.get_map():
             left = deadline - time.monotonic()
-            if left <= 0 or len(out) > max_bytes:
+            if left <= 0 or len(out) > max_bytes or (give_up is not None and give_up.is_set()):
                 return bytes(out), bytes(err), False
-            for key, _ in waiting.select(left):
+            for key, _ in waiting.select(left if give_up is None else min(left, GIVE_UP_WITHIN_S)):
                 chunk = os.read(key.fd, 1 << 16)
                 if not chunk:
                     waiting.unregister(key.fileobj)
@@ -194,4 +205,14 @@ def _program() -> str:
     program = shutil.which("git")
     if program is None:
         raise GitMissing()
+    return _recent(program)
+
+
+@functools.cache
+def _recent(program: str) -> str:
+    # An older git would not read our settings from the environment, and run hooks after all.
+    said = subprocess.run([program, "version"], capture_output=True, text=True, env={"LC_ALL": "C"}).stdout
+    version = re.search(r"(\d+)\.(\d+)", said)
+    if version is None or (int(version[1]), int(version[2])) < OLDEST:
+        raise GitMissing(f"git is too old; {OLDEST[0]}.{OLDEST[1]} or newer is needed.", remedy="Install a newer git.")
     return program

@@ -171,6 +171,8 @@ class Attempt:
             self.sandbox = None
             return Ending.failed("sandbox_lost", "The sandbox died, and what was not saved is lost.", error.remedy)
         except CloudAgentError as error:
+            if self.lease.signals.cancel_requested:
+                return Ending.cancelled()  # that is why it failed
             return Ending.failed(_task_code(error), error.message, error.remedy)
         except Exception:
             log.exception("%s failed in a way that nobody foresaw", self.task_id)
@@ -219,13 +221,16 @@ class Attempt:
         self.enter(Phase.REPOSITORY)
         bundle = self.blobs.get(self.claim.account_id, self.task_id, "input")
         if bundle is None and self.spec.repository != "none":
-            bundle, self.base_sha = repository.fetch_remote(
-                self.spec.repository,
-                base_ref=self.spec.base_ref,
-                cache_folder=self.worker.cache_folder,
-                env=self.worker.git_environment,
-                timeout_s=self.timers.fetch_s,
-            )
+            give_up = threading.Event()
+            with self.lease.interruptible(give_up.set):
+                bundle, self.base_sha = repository.fetch_remote(
+                    self.spec.repository,
+                    base_ref=self.spec.base_ref,
+                    cache_folder=self.worker.cache_folder,
+                    env=self.worker.git_environment,
+                    timeout_s=self.timers.fetch_s,
+                    give_up=give_up,
+                )
             self.blobs.put(self.task_id, "input", bundle, attempt=self.claim.attempt)
         self.base_sha = repository.check_out(
             self.box, bundle=bundle, base_sha=self.base_sha, branch=self.claim.task.branch

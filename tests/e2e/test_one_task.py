@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from cloudagent_mcp.client import LocalClient
 from cloudagent_mcp.scripted_model import Rule, ScriptedModel, Text, ToolUse, Turn
-from tests.support.worlds import World, git, until
+from tests.support.worlds import FAST, World, git, until
 
 TEST = "python3 -m unittest -q"
 MISTAKE, MENDED = "return a - b", "return a + b"
@@ -259,6 +260,23 @@ def test_a_cancel_in_any_phase_ends_in_cancelled_with_the_work_saved(world: Worl
                 assert [file["path"] for file in files] == [saved]
             until(lambda: not world.agent_processes(), "no process is left")
             until(lambda: not list((world.home / "sandboxes").glob("sbx_*")), "no sandbox is left")
+
+
+def test_a_cancel_while_the_repository_is_fetched_ends_in_cancelled(world: World) -> None:
+    with socket.socket() as silent, ScriptedModel([FIX]) as model:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        world = world.with_model(model.environment())
+        world.start_worker()
+        with world.client() as client:
+            task_id = submit(client, "Fix add", repository=f"https://127.0.0.1:{silent.getsockname()[1]}/x.git")
+            in_phase(client, task_id, "repository")
+            asked = time.monotonic()
+            client.call("cancel_task", task_id=task_id)
+            task = world.wait(client, task_id)
+            assert (task["status"], task["error"]["code"]) == ("cancelled", "cancelled_by_user")
+            assert time.monotonic() - asked < 15 < FAST.fetch_s
+        assert not model.requests
 
 
 @pytest.mark.parametrize(

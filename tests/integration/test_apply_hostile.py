@@ -15,7 +15,7 @@ from cloudagent_mcp.apply.policy import check_path, is_sensitive
 from cloudagent_mcp.apply.tree import Changed, File, InTheWay, Tree
 from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import ApplyConflict, CloudAgentError, ConfirmationNeeded, UnsafeChange
-from tests.support.git_repos import Result, Workshop, files_of, fingerprint, make_repository, put
+from tests.support.git_repos import Result, Workshop, commit, files_of, fingerprint, make_repository, put
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 FILE, LINK, SUBMODULE = "100644", "120000", "160000"
@@ -90,6 +90,7 @@ LINKS = {
     "through one of its own": [(LINK, b"d", b"Sub"), (LINK, b"l", b"d/b.txt")],
     "into git": [(LINK, b"l", b".git/config")],
     "into git by another name": [(LINK, b"l", b"GIT~1")],
+    "into git by an invisible name": [(LINK, b"l", ".g\u200cit/config".encode())],
     "empty": [(LINK, b"l", b"")],
     "with a NUL": [(LINK, b"l", b"a.txt\0/etc")],
     "too long": [(LINK, b"l", b"a/" * 3000)],
@@ -117,6 +118,16 @@ KINDS = {
 @pytest.mark.parametrize("entry", KINDS.values(), ids=KINDS.keys())
 def test_only_files_and_symlinks_are_written(victim: Victim, entry: tuple[str, bytes, bytes]) -> None:
     victim.refuses(UnsafeChange, victim.workshop.hostile(entry))
+
+
+def test_a_submodule_is_neither_moved_nor_removed(victim: Victim, tmp_path: Path) -> None:
+    victim.shop = make_repository(victim.around / "other", {"a": "a\n"})
+    make_repository(victim.shop / "module", {"m": "m\n"})
+    commit(victim.shop, {})
+    workshop = Workshop(tmp_path / "workshop2", bundle_working_tree(victim.shop, base_ref=None).bundle)
+    victim.refuses(UnsafeChange, workshop.result({"module": None, "a": "b\n"}))
+    victim.refuses(UnsafeChange, workshop.hostile((SUBMODULE, b"module", b"x")))
+    victim.refuses(UnsafeChange, workshop.hostile((FILE, b"module", b"x")))
 
 
 @pytest.mark.parametrize(
@@ -224,9 +235,9 @@ def test_a_symlink_that_is_swapped_in_during_an_apply_is_never_followed(victim: 
     thread = threading.Thread(target=swap)
     thread.start()
     tries = 0
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 30
     try:
-        while time.monotonic() < deadline:
+        while tries < 12 and time.monotonic() < deadline:
             try:
                 victim.apply(result)
             except CloudAgentError:
@@ -236,7 +247,7 @@ def test_a_symlink_that_is_swapped_in_during_an_apply_is_never_followed(victim: 
     finally:
         stop.set()
         thread.join()
-    assert swaps > 1000 and tries > 1
+    assert swaps > 1000 and tries == 12
 
 
 def test_no_step_of_a_write_follows_a_symlink(victim: Victim) -> None:
@@ -256,9 +267,9 @@ def test_no_step_of_a_write_follows_a_symlink(victim: Victim) -> None:
     thread.start()
     tree = Tree(victim.shop)
     done = refused = 0
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 30
     try:
-        while time.monotonic() < deadline:
+        while (done < 300 or refused < 300) and time.monotonic() < deadline:
             for path, file in (("race/new", File(b"evil")), ("race/a.txt", File(b"evil")), ("race/a.txt", None)):
                 try:
                     tree.make_folder("race/folder")
@@ -272,7 +283,7 @@ def test_no_step_of_a_write_follows_a_symlink(victim: Victim) -> None:
         thread.join()
         tree.close()
     assert fingerprint(victim.around / "outside") == outside
-    assert done > 100 and refused > 100
+    assert done >= 300 and refused >= 300
 
 
 def test_the_honest_part_of_the_corpus_is_applied(victim: Victim) -> None:

@@ -227,7 +227,7 @@ def test_the_environment_inside_is_what_was_asked_for(sandbox: Sandbox) -> None:
         "HOME": "/sandbox/home",
         "IS_SANDBOX": "1",
         "LANG": "C.UTF-8",
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": f"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{Path(sys.executable).parent}",
         "PWD": "/sandbox",  # set by bubblewrap
         "TMPDIR": "/tmp",
     }

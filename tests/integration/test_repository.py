@@ -16,6 +16,7 @@ import pytest
 from cloudagent_queue.repository import bundle_working_tree, fetch_remote
 from cloudagent_storage.errors import (
     CloudAgentError,
+    GitMissing,
     RefNotFound,
     RepositoryEmpty,
     RepositoryNotAllowed,
@@ -190,6 +191,19 @@ def test_too_much_is_refused(shop: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         bundle_working_tree(shop, base_ref=None)
     put(shop, {"big": b"x" * 200})
     with pytest.raises(RepositoryTooLarge, match="Untracked"):
+        bundle_working_tree(shop, base_ref=None)
+
+
+@pytest.mark.parametrize("version", [None, "git version 2.25.1", "rubbish"])
+def test_without_a_git_that_heeds_our_settings_nothing_is_run(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
+    (tmp_path / "bin").mkdir()
+    if version is not None:
+        (tmp_path / "bin" / "git").write_text(f"#!/bin/sh\necho {version}\n")
+        (tmp_path / "bin" / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(GitMissing):
         bundle_working_tree(shop, base_ref=None)
 
 

@@ -287,6 +287,7 @@ def test_a_bundle_that_is_not_the_expected_one_is_refused(workshop: Workshop) ->
         header + b"\n\n",
         header.replace(b"refs/heads/task", b"refs/heads/evil") + b"\n\n" + pack,
         header.replace(b"# v2 git bundle", b"# v3 git bundle\n@filter=blob:none") + b"\n\n" + pack,
+        header.replace(b"bundle\n", b"bundle\n-" + b"1" * 40 + b" x\n") + b"\n\n" + pack,
         header + b"\n" + b"0" * 40 + b" refs/heads/other\n\n" + pack,
         header + b"\n" + b" " * 100_000 + b"\n\n" + pack,
         (elsewhere / "foreign").read_bytes(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 from collections.abc import Mapping
@@ -43,7 +44,9 @@ def put(folder: Path, files: Mapping[str, Content]) -> None:
     """Write, link or delete files. A folder that is empty then goes, too, as with git."""
     for name, content in files.items():
         path = folder / name
-        if path.is_symlink() or path.exists():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.is_symlink() or path.exists():
             path.unlink()
         if content is None:
             while path.parent != folder and not any(path.parent.iterdir()):

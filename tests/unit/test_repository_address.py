@@ -20,7 +20,7 @@ from tests.support.git_repos import ENVIRONMENT
         ("https://github.com/acme/shop.git", "https://github.com/acme/shop.git"),
         ("HTTPS://GitHub.com/acme/shop/", "https://github.com/acme/shop"),
         ("https://git.example.com:8443/a/b", "https://git.example.com:8443/a/b"),
-        ("https://[2001:db8::1]/a", "https://[2001:db8::1]/a"),
+        ("https://[2606:4700::1111]/a", "https://[2606:4700::1111]/a"),
         ("ssh://git@github.com/acme/shop.git", "ssh://git@github.com/acme/shop.git"),
         ("ssh://host:2222/a", "ssh://host:2222/a"),
         ("git@github.com:acme/shop.git", "git@github.com:acme/shop.git"),
@@ -126,3 +126,23 @@ def test_what_is_accepted_is_accepted_by_git_too(ref: str) -> None:
     if accepted:
         done = subprocess.run(["git", "check-ref-format", f"refs/heads/{ref}"], env=ENVIRONMENT)
         assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://127.0.0.1/x", "https://localhost/x", "https://LOCALHOST./x", "https://2130706433/x", "https://127.1/x",
+        "https://0x7f.1/x", "https://0/x", "https://10.0.0.5/x", "https://192.168.1.1/x", "https://169.254.169.254/x",
+        "https://[::1]/x", "https://[::ffff:127.0.0.1]/x", "https://[fd00:ec2::254]/x", "ssh://git@172.16.0.1/x",
+        "git@127.0.0.1:x", "git@localhost:x", "https://metadata.google.internal/x",
+    ],
+)  # fmt: skip
+def test_from_elsewhere_no_host_of_this_machines_own_network_can_be_named(address: str) -> None:
+    assert check_address(address, local_paths_allowed=True)
+    with pytest.raises(RepositoryNotAllowed):
+        check_address(address, local_paths_allowed=False)
+
+
+@pytest.mark.parametrize("address", ["https://github.com/a/b", "git@gitlab.example:a/b", "https://8.8.8.8/x"])
+def test_from_elsewhere_public_hosts_can_be_named(address: str) -> None:
+    assert check_address(address, local_paths_allowed=False) == address

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import socket
 from urllib.parse import urlsplit
 
 from cloudagent_storage.errors import CredentialsInUrl, InvalidRef, RepositoryNotAllowed
@@ -22,19 +24,26 @@ _NOT_IN_A_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]|\.\.|@\{|//")
 def check_address(repository: str, *, local_paths_allowed: bool) -> str:
     """The normalised address: `none`, https://…, ssh://…, user@host:path, or, where allowed, a local path as it is.
 
-    Raises `RepositoryNotAllowed`, and `CredentialsInUrl` when it holds a password or a token.
+    Where local paths are not, hosts that are plainly not public are not either: whoever asks from elsewhere must not
+    reach into this machine's network. Raises `RepositoryNotAllowed`, and `CredentialsInUrl` when it holds a password or
+    a token.
     """
     if not repository or _CONTROL.search(repository) or repository.startswith("-"):
         raise RepositoryNotAllowed()
     if repository == "none":
         return repository
     if _URL.match(repository):
-        return _check_url(repository)
+        address = _check_url(repository)
+        if not local_paths_allowed:
+            _check_public(urlsplit(address).hostname or "")
+        return address
     if scp := _SCP.fullmatch(repository):
         if ":" in scp["user"]:
             raise CredentialsInUrl()
         if not _USER.fullmatch(scp["user"]) or scp["path"].startswith("-"):
             raise RepositoryNotAllowed()
+        if not local_paths_allowed:
+            _check_public(scp["host"].strip("[]"))
         return repository
     if ":" in repository.partition("/")[0]:
         raise RepositoryNotAllowed()  # ext::…, file:…, and host:path, which ssh://host/path says without doubt
@@ -65,6 +74,27 @@ def check_ref(ref: str) -> str:
     if bad:
         raise InvalidRef()
     return ref
+
+
+def _check_public(host: str) -> None:
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith((".localhost", ".local", ".internal")) or not _is_global(name):
+        raise RepositoryNotAllowed(
+            "That host is not public.", remedy="Pass the address of a repository that is on the public internet."
+        )
+
+
+def _is_global(name: str) -> bool:
+    """Is this an address of the public internet, or a name? The C library also reads 127.1, 0x7f.1 and 2130706433."""
+    try:
+        number = ipaddress.ip_address(name)
+    except ValueError:
+        try:
+            number = ipaddress.ip_address(socket.inet_aton(name))
+        except OSError:
+            return True
+    mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
+    return (mapped or number).is_global
 
 
 def _check_url(address: str) -> str:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 import shutil
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,25 +57,26 @@ def fetch_remote(
     timeout_s: float,
     token: str | None = None,
     protocols: Sequence[str] = ("https", "ssh"),
+    give_up: threading.Event | None = None,
 ) -> tuple[bytes, str]:
     """The bundle of a branch, tag or commit with its whole history, and the commit's id.
 
     `env` is what git may know of its user: HOME and SSH_AUTH_SOCK lead to credential helpers and keys. A `token` is
-    sent to an https address only. Raises `RepositoryUnreachable` with the reason, `RepositoryEmpty`,
-    `RepositoryNotAllowed`, `RefNotFound` with the nearest names, `RepositoryTooLarge`.
+    sent to an https address only. Setting `give_up` ends it early, as unreachable. Raises `RepositoryUnreachable` with
+    the reason, `RepositoryEmpty`, `RepositoryNotAllowed`, `RefNotFound` with the nearest names, `RepositoryTooLarge`.
     """
     deadline = time.monotonic() + timeout_s
     cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = cache_folder / f"{hashlib.sha256(address.encode()).hexdigest()}.git"
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=timeout_s):
-            cache = _Cache(folder, address, env, deadline, protocols, token)
+            cache = _Cache(folder, address, env, deadline, protocols, token, give_up)
             try:
                 return cache.bundle(base_ref)
             except git.GitFailed as error:
                 refusal = _refusal(error)
-                if refusal is not None:
-                    raise refusal from None
+                if refusal is not None or (give_up is not None and give_up.is_set()):
+                    raise (refusal or RepositoryUnreachable()) from None
             # No reason that we know: the cache itself may be broken.
             shutil.rmtree(folder, ignore_errors=True)
             try:
@@ -101,7 +103,9 @@ class _Cache:
         deadline: float,
         protocols: Sequence[str],
         token: str | None,
+        give_up: threading.Event | None,
     ) -> None:
+        self._give_up = give_up
         self._folder = folder
         self._address = address
         self._env = env
@@ -186,6 +190,7 @@ class _Cache:
             settings=self._settings,
             protocols=self._protocols,
             timeout_s=min(self._left(), timeout_s or self._left()),
+            give_up=self._give_up,
         )
 
     def _left(self) -> float:

@@ -105,7 +105,7 @@ class Tasks:
             (kind, packed(data), len(data)) for kind, data in (blobs.items() if blobs else ())
         ]
         with self._db.writing():
-            self._rows.insert(
+            query = self._rows.insert(
                 task_id=task_id,
                 account_id=account_id,
                 status=TaskStatus.QUEUED,
@@ -116,11 +116,12 @@ class Tasks:
                 credentials=credentials,
                 created_at=self._db.now_in_list(account_id),
                 last_seq=len(lines),
-            ).execute()
+            )
+            (row,) = query.returning(self._rows).objects(self._rows)
             write_lines(self._db, task_id, len(lines), lines)
             for kind, data, size in ready:
                 write_blob(self._db, task_id, kind, data, size)
-            return task_of(find(self._db, account_id, task_id))
+            return task_of(row)
 
     def get(self, account_id: str, task_id: str) -> Task:
         """An account's task. Raises `TaskNotFound`, the same for another account's id as for an unknown one."""
@@ -361,9 +362,7 @@ class Tasks:
         rows = self._rows
         if not TASK_ID.fullmatch(task_id):
             return False
-        owned = rows.sandbox_id == storable(sandbox_id)
-        if nonce:
-            owned |= rows.sandbox_nonce == storable(nonce)
+        owned = (rows.sandbox_id == storable(sandbox_id)) | (rows.sandbox_nonce == storable(nonce))
         with self._db.reading():
             return rows.select().where(rows.task_id == task_id, self._unfinished(), owned).exists()
 
