@@ -121,7 +121,7 @@ def create(prompt: str, tags: tuple[str, ...], watch: bool, as_json: bool, **opt
         if not as_json:
             from cloudagent_mcp.render import show_created
 
-            show_created(created)
+            show_created(created, hint=not watch)
         if watch:
             sys.exit(_watch(api, created["task_id"], as_json))
 

@@ -29,9 +29,10 @@ LEVEL_STYLES = {"warning": "yellow", "error": "red"}
 LINE_MAX = 2000
 
 
-def show_created(task: dict[str, Any]) -> None:
+def show_created(task: dict[str, Any], *, hint: bool) -> None:
     console.print(f"[bold]{_short(task)}[/] queued: {_safe(task['title'])}")
-    console.print(f"[dim]Watch it with[/] ca task watch {_short(task)}")
+    if hint:
+        console.print(f"[dim]Watch it with[/] ca task watch {_short(task)}")
 
 
 def show_list(page: dict[str, Any]) -> None:
@@ -89,8 +90,20 @@ def show_task(task: dict[str, Any]) -> None:
             console.print(f"  [dim]{name:<10}[/] {_safe(str(value))}")
     for line in task.get("log") or ():
         console.print(f"  [dim]{_safe(line)}[/]")
-    if task["next_action"]:
-        console.print(f"[dim]Next:[/] {_safe(task['next_action'])}")
+    console.print(f"[dim]Next:[/] {_safe(_next(task, artifacts))}")
+
+
+def _next(task: dict[str, Any], artifacts: dict[str, Any]) -> str:
+    """What a person types next, where `next_action` names the tools that a model calls."""
+    name = _short(task)
+    if not task["completed_at"]:
+        return f"ca task watch {name}"
+    steps = [task["error"]["remedy"]] if task["error"] else []
+    if artifacts.get("files_changed"):
+        steps += [f"ca task diff {name}", f"ca task apply {name}"]
+    elif task["error"]:
+        steps.append(f"ca task logs {name}")
+    return ", ".join(steps) or "nothing; no file was changed"
 
 
 def show_cancelled(task: dict[str, Any]) -> None:

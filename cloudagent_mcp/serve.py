@@ -26,6 +26,7 @@ def serve(app: App, *, host: str, port: int) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # from here on a client that has read the address below can connect
     except OSError as error:
         listener.close()
         raise PortTaken() from error

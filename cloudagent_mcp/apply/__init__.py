@@ -138,7 +138,7 @@ def undo(directory: Path, *, task_id: str, state_folder: Path) -> ApplyOutcome:
             raise _cannot_write(error) from error
         if changed:
             raise ApplyConflict(f"Changed in this very moment, and left alone: {listed(changed)}.")
-        message = f"{_count(files)} are again what they were before."
+        message = f"{_count(files)} put back as before."
         return ApplyOutcome(outcome="undone", files=files, backup_ref=backup_ref, branch=branch, message=message)
 
 

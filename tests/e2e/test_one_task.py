@@ -124,6 +124,23 @@ def test_what_the_agent_saw_of_the_tree_is_what_was_there(world: World, repo: Pa
             assert "Left out, since it looks like a secret: .env" in raw
 
 
+def test_the_same_on_postgres_and_redis(world: World, repo: Path, postgres_url: str, valkey_url: str) -> None:
+    world.environment.update(DATABASE_URL=postgres_url, REDIS_URL=valkey_url)
+    with ScriptedModel([SLOW]) as model:
+        world = world.with_model(model.environment())
+        first = world.start_worker()
+        with world.client(repo) as client:
+            task_id = submit(client, "Take your time", verify="test -s steps.txt")
+            seen(world, client, task_id, "step-1")
+            world.kill_worker(first)
+            world.start_worker()
+            task = world.wait(client, task_id)
+            assert (task["status"], task["verdict"], task["attempt"]) == ("completed", "passed", 2)
+            assert_whole(world.log(client, task_id))
+        assert not list(world.home.glob("*.db"))
+        assert len([request for request in model.requests if "count_tokens" not in request.path]) == STEPS + 1
+
+
 def test_a_failed_verify_is_a_completed_task_with_a_failed_verdict(world: World, repo: Path) -> None:
     with ScriptedModel([FIX]) as model:
         world = world.with_model(model.environment())
