@@ -228,7 +228,7 @@ def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_when_it_wakes(w
             until(lambda: time.monotonic() > settled, "it has settled")
             assert_whole(world.log(client, task_id))
             assert client.call("get_task", task_id=task_id, log_lines=0) == {**task, "log": []}
-            until(lambda: "lost the lease" in (world.home / "worker-0.log").read_text(), "the first one noticed")
+            until(lambda: "attempt 1 lets go" in (world.home / "worker-0.log").read_text(), "the first one noticed")
 
 
 def test_two_workers_never_run_one_task_however_often_it_is_rung_for(world: World, repo: Path) -> None:

@@ -75,7 +75,7 @@ def test_garbage_on_the_mcp_route_is_refused_and_the_server_lives(url: str, body
 
 def test_an_unknown_tool_and_method_are_answered_and_not_crashed_on(url: str) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Accept": "application/json, text/event-stream"}
-    call = {"jsonrpc": "2.0", "id": 1, "method": "nonsense/method", "params": {}}
+    call: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": "nonsense/method", "params": {}}
     response = httpx2.post(f"{url}/mcp", json=call, headers=headers)
     answer = response.text.partition("data: ")[2] or response.text
     assert json.loads(answer)["error"]["code"] in (-32601, -32602, -32600)
