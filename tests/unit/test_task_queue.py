@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +74,23 @@ def test_a_consumer_that_does_not_let_go_is_reported_after_the_grace(url: str) -
     assert not queue.consume(run, concurrency=1, stopping=stopping, grace_s=0.2)
     assert time.monotonic() - started < 10
     release.set()
+
+
+def test_waiting_consumers_are_woken_by_a_commit_of_another_connection(tmp_path: Path) -> None:
+    queue: Any = TaskQueue(f"sqlite:///{tmp_path / 'queue.db'}")
+    waker: Any = queue._huey.storage.waker
+    waker.wait(waker.generation(), timeout_s=5)  # the first look only learns where the file stands
+    seen = waker.generation()
+    waiting = [threading.Thread(target=waker.wait, args=(seen,), kwargs={"timeout_s": 60}) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    other = TaskQueue(queue.url)
+    other.put("task_x")
+    for thread in waiting:
+        thread.join(20)
+        assert not thread.is_alive()
+    for opened in (queue, other):
+        opened.close()
 
 
 def test_a_message_is_plain_json(tmp_path: Path) -> None:
