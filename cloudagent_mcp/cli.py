@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,6 +166,7 @@ def logs(
     task_id: str, after: int, limit: int | None, level: str | None, kinds: tuple[str, ...], follow: bool, as_json: bool
 ) -> None:
     """Show a task's log."""
+    from cloudagent_mcp.client import log_lines
     from cloudagent_mcp.render import show_line
 
     with client() as api:
@@ -266,30 +267,6 @@ def cancel(task_ids: tuple[str, ...], as_json: bool) -> None:
         return
     for found in tasks:
         _print(found, False, "show_cancelled")
-
-
-def log_lines(
-    api: Client,
-    name: str,
-    *,
-    after: int = 0,
-    level: str | None = None,
-    kinds: tuple[str, ...] = (),
-    follow: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """A task's log lines from `after` on; with `follow` until it has ended."""
-    import time
-
-    while True:
-        # Looked at first: what is in the log after the end was seen is all that there will ever be.
-        ended = not follow or api.call("get_task", task_id=name, log_lines=0)["completed_at"] is not None
-        page = api.call("get_task_logs", task_id=name, after=after, level=level, kinds=list(kinds), limit=1000)
-        yield from page["lines"]
-        after = page["next_after"]
-        if not page["more"]:
-            if ended:
-                return
-            time.sleep(0.3)
 
 
 def exit_code(task: dict[str, Any]) -> int:

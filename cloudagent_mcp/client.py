@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -42,6 +44,28 @@ class Client(Protocol):
 def open_client(settings: Settings) -> Client:
     """The server that `CLOUDAGENT_URL` names, or this process."""
     return HttpClient(settings) if settings.cloudagent_url else LocalClient(App(settings))
+
+
+def log_lines(
+    api: Client,
+    name: str,
+    *,
+    after: int = 0,
+    level: str | None = None,
+    kinds: tuple[str, ...] = (),
+    follow: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """A task's log lines from `after` on; with `follow` until it has ended."""
+    while True:
+        # Looked at first: what is in the log after the end was seen is all that there will ever be.
+        ended = not follow or api.call("get_task", task_id=name, log_lines=0)["completed_at"] is not None
+        page = api.call("get_task_logs", task_id=name, after=after, level=level, kinds=list(kinds), limit=1000)
+        yield from page["lines"]
+        after = page["next_after"]
+        if not page["more"]:
+            if ended:
+                return
+            time.sleep(0.3)
 
 
 class LocalClient:

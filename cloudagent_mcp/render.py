@@ -154,7 +154,7 @@ def show_findings(findings: Iterable[Finding]) -> None:
 
 def watch(api: Client, name: str, as_json: bool) -> dict[str, Any]:
     """Show a task's log while it happens; the task at its end."""
-    from cloudagent_mcp.cli import log_lines
+    from cloudagent_mcp.client import log_lines
 
     if as_json:
         while not (task := api.call("get_task", task_id=name, wait_seconds=50))["completed_at"]:
