@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cloudagent_mcp.client import LocalClient
@@ -364,7 +366,8 @@ def test_a_sandbox_that_vanishes_fails_the_task_instead_of_hanging(world: World,
             task_id = submit(client, "Never end")
             seen(world, client, task_id, "begun.txt")
             for process in world.agent_processes():
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # the first takes the others with it
+                    process.kill()
             task = world.wait(client, task_id)
             assert task["status"] == "failed" and task["error"]["code"] in ("interrupted", "sandbox_lost")
 
