@@ -78,11 +78,10 @@ def isolation(hidden: Path | None = None) -> list[str]:
     arguments = ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     arguments += ["--new-session", "--hostname", HOSTNAME, "--cap-drop", "ALL"]
     arguments += ["--proc", "/proc"]
-    if os.geteuid() == 0:
-        # Root inside is root to the kernel's own files, which ask for no capability: without this, a sandbox
-        # could set the host's core_pattern and so run programs outside.
-        for name in _KERNEL_FILES:
-            arguments += ["--ro-bind-try", f"/proc/{name}", f"/proc/{name}"]
+    for name in _KERNEL_FILES:
+        # Root inside is root to the kernel's own files, which ask for no capability: without this, a sandbox could set
+        # the host's core_pattern and so run programs outside. Some of them are open to every user.
+        arguments += ["--ro-bind-try", f"/proc/{name}", f"/proc/{name}"]
     arguments += ["--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", "/usr", "/usr"]
     for top in _TOP_LEVEL:
         if os.path.islink(top):
