@@ -74,6 +74,7 @@ def test_a_consumer_that_does_not_let_go_is_reported_after_the_grace(url: str) -
     assert not queue.consume(run, concurrency=1, stopping=stopping, grace_s=0.2)
     assert time.monotonic() - started < 10
     release.set()
+    queue.close()
 
 
 def test_waiting_consumers_are_woken_by_a_commit_of_another_connection(tmp_path: Path) -> None:
