@@ -106,6 +106,7 @@ def task() -> None:
 @click.option("--max-budget-usd", type=float, help="What it may spend.")
 @click.option("--provider", help="Where its sandbox comes from.")
 @click.option("--tag", "tags", multiple=True, help="A word to find it by; may be given several times.")
+@click.option("--idempotency-key", help="Repeating the command with the same key is still one task.")
 @click.option("--watch", is_flag=True, help="Then watch it to its end.")
 @as_json
 def create(prompt: str, tags: tuple[str, ...], watch: bool, as_json: bool, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -32,6 +33,7 @@ from cloudagent_storage.errors import (
 from cloudagent_storage.records import (
     EventDraft,
     EventKind,
+    Idempotency,
     Level,
     LogPage,
     Record,
@@ -58,6 +60,13 @@ PROGRESS_EVERY_S = 2.0
 
 TaskId = Annotated[str, Field(description="The task's id, task_…", max_length=200)]
 Limit = Annotated[int, Field(ge=1, le=100)]
+
+
+class Submitted(Task):
+    """A task that was handed over."""
+
+    replayed: bool = False
+    """Was it there already, under the same idempotency key?"""
 
 
 class TaskDetail(Task):
@@ -159,7 +168,11 @@ class Tasks:
         max_budget_usd: Annotated[float | None, Field(gt=0, le=10_000, description="What it may spend.")] = None,
         provider: Annotated[str | None, Field(max_length=100, description="Where its sandbox comes from.")] = None,
         tags: Annotated[list[str], Field(max_length=20, description="Words to find it by.")] = [],  # noqa: B006
-    ) -> Task:
+        idempotency_key: Annotated[
+            str | None,
+            Field(min_length=1, max_length=255, description="Repeat the call with the same key: still one task."),
+        ] = None,
+    ) -> Submitted:
         """Hand a coding task to a remote agent that works alone in a sandbox on a copy of a repository.
         Answers at once with a task_id; the task goes on whatever becomes of this call. Then wait with get_task.
 
@@ -176,6 +189,14 @@ class Tasks:
         agent = open_agent("claude")
         environment = {name: caller.environment[name] for name in agent.environment if caller.environment.get(name)}
         agent.check_credential(environment)
+        idempotency = None
+        if idempotency_key is not None:
+            asked = [prompt, repository, base_ref, title, model, verify, setup, timeout_minutes, max_turns]
+            asked += [max_budget_usd, provider, tags]
+            digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+            idempotency = Idempotency(key=idempotency_key, digest=digest)
+            if (earlier := self._store.tasks.replay(caller.account_id, idempotency)) is not None:
+                return Submitted.model_validate({**dict(advise(earlier)), "replayed": True})
         source = _Source.find(caller, repository, base_ref)
 
         task_id = new_id("task")
@@ -201,9 +222,11 @@ class Tasks:
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
             blobs={"input": source.bundle} if source.bundle is not None else {},
             lines=[EventDraft(kind="status", message="Queued."), *source.warnings],
+            idempotency=idempotency,
         )
-        self._ring(task_id)
-        return advise(task)
+        # Also for a task that another submit with the same key has added meanwhile: its caller may be dead by now.
+        self._ring(task.task_id)
+        return Submitted.model_validate({**dict(advise(task)), "replayed": task.task_id != task_id})
 
     @operation("GET", "/tasks/{task_id}", title="Look at a task", read_only=True, idempotent=True)
     async def get_task(

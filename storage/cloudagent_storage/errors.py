@@ -5,7 +5,7 @@
     + UnknownArgument, MissingArgument, WrongType, OutOfRange
     + InvalidCharacter, InvalidUnicode, InvalidCursor, InvalidJson
     + PromptEmpty, PromptTooLong
-    + UnknownProvider
+    + UnknownProvider, IdempotencyMismatch
     + repository
       - RepositoryNotAllowed, RepositoryNotFound, RepositoryUnreachable, RepositoryEmpty, CredentialsInUrl
       - InvalidRef, RefNotFound, RepositoryTooLarge
@@ -136,6 +136,14 @@ class UnknownProvider(InvalidInput):
 
     code = "unknown_provider"
     field = "provider"
+
+
+class IdempotencyMismatch(InvalidInput):
+    """That idempotency key was used before, with other arguments."""
+
+    code = "idempotency_mismatch"
+    remedy = "Use a fresh key for a new task, or repeat the first call's arguments exactly."
+    field = "idempotency_key"
 
 
 class RepositoryNotAllowed(InvalidInput):

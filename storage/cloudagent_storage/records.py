@@ -136,6 +136,14 @@ class TaskSpec(Record):
     tags: tuple[str, ...] = ()
 
 
+class Idempotency(Record):
+    """A submit that is sent again with the same key is the same submit."""
+
+    key: str
+    digest: str
+    """Of everything else that was asked for; the key with another digest is an error."""
+
+
 class Artifacts(Record):
     """What the agent changed, in numbers."""
 

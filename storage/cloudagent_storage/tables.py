@@ -131,9 +131,16 @@ class TaskRow(Model):
     running_seconds = DoubleField(default=0.0)
     last_seq = BigIntegerField(default=0)
     """The number of the last line in the log. Only an UPDATE of this row hands out more: none is missing or double."""
+    idempotency_key = CharField(255, null=True)
+    arguments_digest = Text(null=True)
+    """Of everything that was submitted with the key."""
 
     class Meta:
-        indexes = ((("account_id", "created_at", "task_id"), False), (("status",), False))
+        indexes = (
+            (("account_id", "created_at", "task_id"), False),
+            (("status",), False),
+            (("account_id", "idempotency_key"), True),
+        )
 
 
 class EventRow(Model):

@@ -161,6 +161,18 @@ async def test_without_a_credential_submit_is_refused_and_nothing_is_kept(world:
         assert structured(await client.call_tool("list_tasks", {}))["total"] == 0
 
 
+async def test_a_submit_that_is_repeated_with_its_key_is_the_same_task(mcp: Client, rest: TestClient) -> None:
+    asked = {"prompt": "Do it.", "repository": "none", "idempotency_key": "k1"}
+    first = structured(await mcp.call_tool("submit_task", asked))
+    again = rest.post("/api/v1/tasks", json=asked).json()
+    assert (first["replayed"], again["replayed"]) == (False, True)
+    assert again["task_id"] == first["task_id"]
+    other = rest.post("/api/v1/tasks", json={**asked, "prompt": "Do something else."})
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_mismatch")
+    empty = rest.post("/api/v1/tasks", json={**asked, "idempotency_key": ""})
+    assert empty.json()["code"] == "out_of_range"
+
+
 async def test_cancelling_twice_says_that_nothing_changed(mcp: Client) -> None:
     task_id = await submit(mcp)
     first = structured(await mcp.call_tool("cancel_task", {"task_id": task_id}))

@@ -11,13 +11,14 @@ from typing import Any, TypedDict, Unpack
 
 from peewee import Case, Expression, fn
 
-from cloudagent_storage.errors import AmbiguousId, InvalidCursor, LeaseLost, TaskNotFound
+from cloudagent_storage.errors import AmbiguousId, IdempotencyMismatch, InvalidCursor, LeaseLost, TaskNotFound
 from cloudagent_storage.records import (
     ID_LENGTH,
     TERMINAL,
     BlobKind,
     Claim,
     EventDraft,
+    Idempotency,
     Level,
     Phase,
     Result,
@@ -98,8 +99,14 @@ class Tasks:
         credentials: bytes | None = None,
         blobs: Mapping[BlobKind, bytes] | None = None,
         lines: Sequence[EventDraft] = (),
+        idempotency: Idempotency | None = None,
     ) -> Task:
-        """Keep a new task, with all that belongs to it, in one step. Raises `RepositoryTooLarge`."""
+        """Keep a new task, with all that belongs to it, in one step.
+
+        With an `idempotency` that the account has used before, nothing is kept, and the earlier task is the answer;
+        however many submits race, there is one task. Raises `RepositoryTooLarge`, and `IdempotencyMismatch` for a key
+        that was used with other arguments.
+        """
         task_id = task_id or new_id("task")
         ready: list[tuple[BlobKind, bytes, int]] = [
             (kind, packed(data), len(data)) for kind, data in (blobs.items() if blobs else ())
@@ -116,12 +123,26 @@ class Tasks:
                 credentials=credentials,
                 created_at=self._db.now_in_list(account_id),
                 last_seq=len(lines),
+                idempotency_key=None if idempotency is None else idempotency.key,
+                arguments_digest=None if idempotency is None else idempotency.digest,
             )
-            (row,) = query.returning(self._rows).objects(self._rows)
+            if idempotency is not None:
+                query = query.on_conflict_ignore()
+            inserted = list(query.returning(self._rows).objects(self._rows))
+            if idempotency is not None and not inserted:
+                return self._replayed(account_id, idempotency)
+            (row,) = inserted
             write_lines(self._db, task_id, len(lines), lines)
             for kind, data, size in ready:
                 write_blob(self._db, task_id, kind, data, size)
             return task_of(row)
+
+    def replay(self, account_id: str, idempotency: Idempotency) -> Task | None:
+        """The task that was submitted with this key before, or None. Raises `IdempotencyMismatch`."""
+        with self._db.reading():
+            if not self._rows.select().where(self._with_key(account_id, idempotency)).exists():
+                return None
+            return self._replayed(account_id, idempotency)
 
     def get(self, account_id: str, task_id: str) -> Task:
         """An account's task. Raises `TaskNotFound`, the same for another account's id as for an unknown one."""
@@ -367,6 +388,16 @@ class Tasks:
             return rows.select().where(rows.task_id == task_id, self._unfinished(), owned).exists()
 
     # -- what they share -------------------------------------------------------------------------------------------
+
+    def _with_key(self, account_id: str, idempotency: Idempotency) -> Expression:
+        rows = self._rows
+        return (rows.account_id == account_id) & (rows.idempotency_key == storable(idempotency.key))
+
+    def _replayed(self, account_id: str, idempotency: Idempotency) -> Task:
+        row = self._rows.select().where(self._with_key(account_id, idempotency)).get()
+        if row.arguments_digest != idempotency.digest:
+            raise IdempotencyMismatch()
+        return task_of(row)
 
     def _unfinished(self) -> Expression:
         return self._rows.status.in_([status for status in TaskStatus if not status.terminal])
