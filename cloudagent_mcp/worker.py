@@ -36,11 +36,13 @@ def work(
     """Run tasks until SIGTERM, SIGINT or, embedded, until there was nothing to do for `idle_s`.
 
     A stop gives running tasks back with their sandboxes alive, and takes `timers.drain_s` at most.
-    Raises `Busy` when it is embedded and another worker runs for the same data folder.
+    Raises `Busy` when it is embedded and another worker runs for the same data folder, and `QueueUnavailable` when the
+    queue does not answer, or may drop messages when its memory is full.
     """
     stopping = stopping or threading.Event()
     settings = app.settings
     settings.make_home()
+    app.queue.check()
 
     def stop(*_: object) -> None:
         stopping.set()

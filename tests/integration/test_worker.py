@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 from filelock import FileLock
 
 from cloudagent_mcp import __version__
@@ -56,6 +58,33 @@ def test_only_sandboxes_that_no_living_task_owns_are_killed(world: World) -> Non
 
     assert kill_orphans(store, provider, deployment=owner) == len(orphans)
     assert {info.id for info in provider.list({})} == {by_nonce, by_id, foreign}
+
+
+def test_a_submit_is_accepted_while_redis_is_down_and_waits_in_its_row(world: World) -> None:
+    world.environment["REDIS_URL"] = "redis://127.0.0.1:1/0"
+    with world.client() as client:
+        task_id = client.call("submit_task", prompt="x", repository="none")["task_id"]
+        assert client.call("get_task", task_id=task_id)["status"] == "queued"
+    assert world.app().store.tasks.due(waited_s=0) == [task_id]
+
+
+def test_a_worker_does_not_start_on_a_redis_that_may_drop_its_messages(world: World, valkey_url: str) -> None:
+    world.environment["REDIS_URL"] = valkey_url
+    server: Any = redis.Redis.from_url(valkey_url)  # pyright: ignore[reportUnknownMemberType]
+    server.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "cloudagent_mcp", "worker"],
+            env=world.environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    finally:
+        server.config_set("maxmemory-policy", "noeviction")
+        server.close()
+    assert done.returncode == 3
+    assert "(queue_unavailable)" in done.stderr and "noeviction" in done.stderr
 
 
 def test_ringing_again_leaves_out_what_was_rung_for_just_now(world: World) -> None:
