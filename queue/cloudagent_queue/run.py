@@ -272,13 +272,18 @@ class Attempt:
 
     def follow(self) -> Ending:
         """Read the agent's log into the store until the agent ends, or has to be ended."""
-        if self.claim.task.phase in (Phase.SAVE, Phase.VERIFY):
-            return read_result(self.box) or Ending.failed(
-                "interrupted", "The agent's result is missing.", "Look at the log."
-            )
         reader = self.reader = LogReader(self.box, self.claim.log_offset, self.redactor)
-        started = time.monotonic() - self.claim.running_seconds
         limit_s = self.spec.timeout_minutes * 60
+        if self.claim.task.phase in (Phase.SAVE, Phase.VERIFY):
+            # It had ended when an earlier attempt died; what it was stopped for, if it was, is still so.
+            ended = read_result(self.box)
+            why = self.reason_to_stop(self.claim.running_seconds, limit_s, 0, reader)
+            if why is not None and (ended is None or ended.status is not TaskStatus.COMPLETED):
+                return why.with_summary_of(ended)
+            return ended or Ending.failed(
+                "interrupted", "The agent's result is missing.", "Look at the end of the log."
+            )
+        started = time.monotonic() - self.claim.running_seconds
         last_event = time.monotonic()
         asked_to_stop: tuple[float, Ending] | None = None
         while True:

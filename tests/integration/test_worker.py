@@ -17,11 +17,12 @@ from filelock import FileLock
 from cloudagent_mcp import __version__
 from cloudagent_mcp.embedded import ensure_worker, only_worker, running_worker, stop_when_idle
 from cloudagent_mcp.worker import deployment
+from cloudagent_queue import repository
 from cloudagent_queue.lease import Lease
 from cloudagent_queue.sandboxes import open_provider
 from cloudagent_queue.sweep import kill_orphans, ring_again
 from cloudagent_storage.errors import Busy, LeaseLost
-from cloudagent_storage.records import LOCAL_ACCOUNT, TaskSpec, TaskStatus
+from cloudagent_storage.records import LOCAL_ACCOUNT, Phase, TaskSpec, TaskStatus
 from cloudagent_storage.store import Store
 from tests.support.worlds import FAST, World, until
 
@@ -85,6 +86,29 @@ def test_a_worker_does_not_start_on_a_redis_that_may_drop_its_messages(world: Wo
         server.close()
     assert done.returncode == 3
     assert "(queue_unavailable)" in done.stderr and "noeviction" in done.stderr
+
+
+@pytest.mark.parametrize("phase", [Phase.SAVE, Phase.VERIFY])
+def test_a_cancel_is_still_one_when_the_worker_died_after_it_had_stopped_the_agent(world: World, phase: Phase) -> None:
+    store = world.app().store
+    provider = open_provider("local", data_folder=world.home)
+    task = store.tasks.add(LOCAL_ACCOUNT, SPEC.model_copy(update={"verify": "true"}))
+    claim = store.tasks.claim(task.task_id, worker="a worker that dies", lease_s=60)
+    assert claim is not None
+    sandbox = provider.create(metadata={"deployment": deployment(world.settings.store_url), "task": task.task_id})
+    base = repository.check_out(sandbox, bundle=None, base_sha=None, branch=task.branch)
+    sandbox.write("repository/half.txt", b"half of the work\n")
+    sandbox.write("run/result.json", b'{"outcome": "stopped", "summary": "I was stopped."}')
+    store.tasks.update(task.task_id, 1, base_sha=base, sandbox_id=sandbox.id, provider="local", phase=phase)
+    store.tasks.request_cancel(LOCAL_ACCOUNT, task.task_id)
+    store.tasks.release(task.task_id, 1)
+    world.start_worker()
+    with world.client() as client:
+        ended = world.wait(client, task.task_id)
+        assert (ended["status"], ended["error"]["code"], ended["attempt"]) == ("cancelled", "cancelled_by_user", 2)
+        assert ended["result"]["summary"] == "I was stopped." and ended["verdict"] is None
+        assert client.call("get_task_diff", task_id=task.task_id)["files"][0]["path"] == "half.txt"
+    until(lambda: not provider.list({}), "the sandbox is gone")
 
 
 def test_ringing_again_leaves_out_what_was_rung_for_just_now(world: World) -> None:
