@@ -36,6 +36,8 @@ class Settings(BaseModel):
     public_url: str | None = None
     """Where people reach a server that is bound beyond loopback."""
     worker_concurrency: int = Field(default=10, ge=1, le=1000)
+    account_running_max: int | None = Field(default=None, ge=1, le=100_000)
+    """How many tasks one account may have running at once, in the whole installation."""
     cloudagent_url: str | None = None
     cloudagent_api_key: SecretStr | None = None
     """Where `ca` finds its server; unset, it works in this very process."""

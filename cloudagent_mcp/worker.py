@@ -9,17 +9,18 @@ import os
 import signal
 import socket
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from urllib.parse import urlsplit
 
 from cloudagent_mcp import __version__
 from cloudagent_mcp.app import App
 from cloudagent_mcp.embedded import IDLE_S, only_worker, stop_when_idle
 from cloudagent_queue.lease import Timers
-from cloudagent_queue.run import Worker, run_task
-from cloudagent_queue.sandboxes import Provider, open_provider
+from cloudagent_queue.run import Worker, run_waiting
+from cloudagent_queue.sandboxes import Provider, open_provider, place_of
 from cloudagent_queue.sweep import sweep_forever
 from cloudagent_storage.errors import CloudAgentError
+from cloudagent_storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def work(
         provider = functools.cache(functools.partial(_provider, app))
         worker = Worker(
             name=f"{socket.gethostname()}/{os.getpid()}",
+            place=place_of(settings.cloudagent_home / "sandboxes"),
             store=app.store,
             keyring=settings.keyring,
             open_provider=provider,
@@ -64,7 +66,10 @@ def work(
             ring=functools.partial(_ring, app),
             stopping=stopping,
             timers=timers,
+            running_max=settings.account_running_max,
         )
+        count = concurrency or settings.worker_concurrency
+        report = functools.partial(_report, app.store, worker, count)
         helpers = [
             threading.Thread(
                 target=functools.partial(
@@ -75,6 +80,7 @@ def work(
                     deployment=worker.deployment,
                     timers=timers,
                     stopping=stopping,
+                    report=report,
                 ),
                 name="sweeper",
                 daemon=True,
@@ -85,11 +91,12 @@ def work(
             helpers.append(threading.Thread(target=idle, name="idle", daemon=True))
         for thread in helpers:
             thread.start()
-        count = concurrency or settings.worker_concurrency
         log.info("worker %s of version %s takes up to %d tasks at once", worker.name, __version__, count)
-        run = functools.partial(run_task, worker)
+        run = functools.partial(run_waiting, worker)
         if not app.queue.consume(run, concurrency=count, stopping=stopping, grace_s=timers.drain_s):
             log.warning("some tasks did not let go in time; their leases run out by themselves")
+        with suppress(CloudAgentError):
+            app.store.workers.leave(worker.name)
         log.info("worker %s stops", worker.name)
 
 
@@ -97,6 +104,10 @@ def deployment(store_url: str) -> str:
     """Names an installation by its database, without the credentials in its address."""
     parts = urlsplit(store_url)
     return hashlib.sha256(f"{parts.scheme}|{parts.hostname}|{parts.port}|{parts.path}".encode()).hexdigest()[:16]
+
+
+def _report(store: Store, worker: Worker, concurrency: int, swept: bool) -> None:
+    store.workers.report(worker.name, place=worker.place, version=__version__, concurrency=concurrency, swept=swept)
 
 
 def _provider(app: App, name: str) -> Provider:

@@ -25,7 +25,7 @@ class Timers:
     let_go_s: float = 45.0
     """A worker that could not renew for this long lets go: earlier than the lease ends, so that two never overlap."""
     signals_s: float = 1.0
-    """How often a cancel is looked for."""
+    """How often a cancel is looked for, at most and, while changes are not told of, at least."""
     poll_s: float = 0.2
     """How often the runner's log is read."""
     idle_s: float = 15 * 60.0
@@ -40,6 +40,10 @@ class Timers:
     ring_again_s: float = 30.0
     """A task that waits longer than this is rung for once more."""
     sweep_s: float = 10.0
+    pause_s: float = 10.0
+    """How long a task is left alone that was given back since its sandbox or the database did not answer."""
+    patience_s: float = 600.0
+    """How long a task waits for the machine that its sandbox is on."""
     drain_s: float = 8.0
     """How long a stopping worker waits for its threads to let go of their tasks."""
 
@@ -55,6 +59,8 @@ class Lease:
         self._claim = claim
         self._timers = timers
         self._ended = threading.Event()
+        self._changed = threading.Event()
+        self._changed.set()  # whatever has happened since the claim is looked at first
         self._lost = False
         self._renewed = time.monotonic()
         self._interrupt: Callable[[], None] | None = None
@@ -96,25 +102,36 @@ class Lease:
                 self._interrupt = None
 
     def _beat(self) -> None:
-        tasks, claim = self._store.tasks, self._claim
-        while not self._ended.wait(min(self._timers.signals_s, self._timers.heartbeat_s)):
-            try:
-                if time.monotonic() - self._renewed >= self._timers.heartbeat_s:
-                    self.renewed(tasks.renew(claim.task.task_id, claim.attempt, lease_s=self._timers.lease_s))
-                else:
-                    self.signals = tasks.signals(claim.task.task_id, claim.attempt)
-                self.check()
-            except LeaseLost:
-                self._lost = True
-                log.warning("lost the lease of %s, attempt %d", claim.task.task_id, claim.attempt)
-                return
-            except DatabaseUnavailable:
-                log.warning("could not renew the lease of %s; trying again", claim.task.task_id)
-            if self.signals.cancel_requested:
-                with self._guard:
-                    interrupt, self._interrupt = self._interrupt, None
-                    if interrupt is not None:
-                        try:
-                            interrupt()
-                        except CloudAgentError as error:
-                            log.warning("could not interrupt %s: %s", claim.task.task_id, error)
+        with self._store.changes.watch([self._claim.task.task_id], self._changed.set):
+            while not self._ended.wait(min(self._timers.signals_s, self._timers.heartbeat_s)):
+                try:
+                    self._look()
+                    self.check()
+                except LeaseLost:
+                    self._lost = True
+                    log.warning("lost the lease of %s, attempt %d", self._claim.task.task_id, self._claim.attempt)
+                    return
+                if self.signals.cancel_requested:
+                    self._interrupt_once()
+
+    def _look(self) -> None:
+        """Renew the lease when that is due, and learn what is new of the task where something may be."""
+        task_id, attempt = self._claim.task.task_id, self._claim.attempt
+        try:
+            if time.monotonic() - self._renewed >= self._timers.heartbeat_s:
+                self.renewed(self._store.tasks.renew(task_id, attempt, lease_s=self._timers.lease_s))
+            elif self._changed.is_set() or not self._store.changes.prompt:
+                self._changed.clear()
+                self.signals = self._store.tasks.signals(task_id, attempt)
+        except DatabaseUnavailable:
+            self._changed.set()
+            log.warning("could not renew the lease of %s; trying again", task_id)
+
+    def _interrupt_once(self) -> None:
+        with self._guard:
+            interrupt, self._interrupt = self._interrupt, None
+            if interrupt is not None:
+                try:
+                    interrupt()
+                except CloudAgentError as error:
+                    log.warning("could not interrupt %s: %s", self._claim.task.task_id, error)

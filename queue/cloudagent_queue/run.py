@@ -53,6 +53,8 @@ class Worker:
     """What a worker process brings to every task that it runs."""
 
     name: str
+    place: str
+    """Where it runs: it reaches the sandboxes that are bound to this place."""
     store: Store
     keyring: Keyring
     open_provider: Callable[[str], Provider]
@@ -65,25 +67,46 @@ class Worker:
     """Tells the queue of a task that another worker should take now."""
     stopping: threading.Event
     timers: Timers
+    running_max: int | None = None
+    """How many tasks one account may have running at once, in the whole installation; None for any number."""
 
 
 class Draining(Exception):
     """This worker stops; the sandbox lives on, and the next attempt adopts it."""
 
 
-def run_task(worker: Worker, task_id: str) -> None:
-    """Run one task to its end, or as far as this worker may.
+def run_waiting(worker: Worker, rung_for: str) -> None:
+    """Somebody rang: run one task after the other, until none is left that this worker may have.
 
-    Whatever happens, one of four things is true afterwards: the task is in a terminal status with its work saved; or it
-    was not ours to claim; or our lease was lost, and nothing was touched since; or the lease was given back with the
-    sandbox alive, for the next attempt to adopt.
+    Which task was rung for does not matter: the store knows whose turn it is, and a message may be late or double.
     """
-    if worker.stopping.is_set():
-        worker.ring(task_id)
-        return
-    claim = worker.store.tasks.claim(task_id, worker=worker.name, lease_s=worker.timers.lease_s)
+    while not worker.stopping.is_set():
+        if not run_task(worker):
+            return
+    worker.ring(rung_for)
+
+
+def run_task(worker: Worker) -> bool:
+    """Run the task whose turn it is to its end, or as far as this worker may. False when there was none to have.
+
+    Whatever happens, one of three things is true afterwards: the task is in a terminal status with its work saved; or
+    our lease was lost, and nothing was touched since; or the lease was given back with the sandbox alive, for the next
+    attempt to adopt.
+    """
+    try:
+        claim = worker.store.backlog.claim_next(
+            worker=worker.name,
+            place=worker.place,
+            lease_s=worker.timers.lease_s,
+            running_max=worker.running_max,
+            patience_s=worker.timers.patience_s,
+        )
+    except DatabaseUnavailable as error:
+        log.warning("no task can be claimed: %s", error)
+        return False
     if claim is None:
-        return
+        return False
+    task_id = claim.task.task_id
     log.info("claimed %s, attempt %d", task_id, claim.attempt)
     try:
         with Lease(worker.store, claim, worker.timers) as lease:
@@ -101,16 +124,17 @@ def run_task(worker: Worker, task_id: str) -> None:
         worker.ring(task_id)
     except (SandboxUnreachable, DatabaseUnavailable) as reason:
         log.warning("%s has to wait: %s", task_id, reason)
-        give_back(worker, claim)
+        give_back(worker, claim, pause_s=worker.timers.pause_s)
     except Exception:
         log.exception("%s failed in a way that nobody foresaw", task_id)
         give_up(worker, claim)
+    return True
 
 
-def give_back(worker: Worker, claim: Claim) -> None:
+def give_back(worker: Worker, claim: Claim, *, pause_s: float = 0) -> None:
     """Let another attempt go on; the sweeper rings for it. Where even that fails, the lease runs out by itself."""
     try:
-        worker.store.tasks.release(claim.task.task_id, claim.attempt)
+        worker.store.tasks.release(claim.task.task_id, claim.attempt, pause_s=pause_s)
     except CloudAgentError as error:
         log.warning("could not release %s: %s", claim.task.task_id, error)
 
@@ -185,6 +209,13 @@ class Attempt:
         before a new one may be made.
         """
         provider = self.provider()
+        if self.claim.sandbox_place not in (None, provider.place):
+            # No new sandbox before the old one is confirmed gone, and this one never can be from here.
+            self.end(
+                "sandbox_lost",
+                "The machine that the sandbox is on did not come back.",
+                "Start a worker there again, or try the task once more with retry_task.",
+            )
         if (sandbox_id := self.claim.sandbox_id) is not None:
             try:
                 sandbox = provider.connect(sandbox_id)
@@ -210,8 +241,8 @@ class Attempt:
     def create_sandbox(self) -> None:
         self.enter(Phase.SANDBOX)
         nonce = new_id("sbx")
-        self.tasks.update(self.task_id, self.claim.attempt, sandbox_nonce=nonce)
         provider = self.provider()
+        self.tasks.update(self.task_id, self.claim.attempt, sandbox_nonce=nonce, sandbox_place=provider.place)
         metadata = {"deployment": self.worker.deployment, "task": self.task_id, "nonce": nonce}
         self.sandbox, self.sandbox_since = provider.create(metadata=metadata), time.monotonic()
         self.tasks.update(self.task_id, self.claim.attempt, sandbox_id=self.sandbox.id, provider=provider.name)

@@ -5,6 +5,7 @@ A plain thread in every worker, never a queued job: a sweep that hangs on the qu
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -17,6 +18,9 @@ from cloudagent_storage.store import Store
 
 log = logging.getLogger(__name__)
 
+RINGS_MAX = 100
+"""Messages that may wait in the queue before the sweeper adds none."""
+
 
 def sweep_forever(
     store: Store,
@@ -26,25 +30,43 @@ def sweep_forever(
     deployment: str,
     timers: Timers,
     stopping: threading.Event,
+    report: Callable[[bool], None],
 ) -> None:
-    """Sweep every `timers.sweep_s` until `stopping` is set. What fails is tried again at the next turn."""
-    providers = list(providers)
+    """Sweep every `timers.sweep_s` until `stopping` is set. What fails is tried again at the next turn.
+
+    `report` is told of every turn, and whether everything in it was done.
+    """
+    duties: list[Callable[[], object]] = [
+        functools.partial(ring_again, store, queue, timers),
+        *(lambda open=open: kill_orphans(store, open(), deployment=deployment) for open in providers),
+    ]
     while True:
-        try:
-            ring_again(store, queue, timers)
-            for provider in providers:
-                kill_orphans(store, provider(), deployment=deployment)
-        except CloudAgentError as error:
-            log.warning("sweep: %s", error)
-        except Exception:
-            log.exception("sweep")
+        failed = [duty for duty in duties if not _try(duty)]
+        _try(functools.partial(report, not failed))
         if stopping.wait(timers.sweep_s):
             return
 
 
+def _try(duty: Callable[[], object]) -> bool:
+    """Do it. One that fails keeps none of the others from being done."""
+    try:
+        duty()
+        return True
+    except CloudAgentError as error:
+        log.warning("sweep: %s", error)
+    except Exception:
+        log.exception("sweep")
+    return False
+
+
 def ring_again(store: Store, queue: TaskQueue, timers: Timers) -> int:
-    """Ring for every task whose message was lost or whose worker is gone. Returns how many."""
-    due = store.tasks.due(waited_s=timers.ring_again_s)
+    """Ring for every task whose message was lost or whose worker is gone. Returns how many.
+
+    No more than the queue has room for: a thousand that wait their turn need no thousand messages more every half
+    minute, as a worker that is rung for goes on until nothing is left.
+    """
+    room = RINGS_MAX - queue.waiting()
+    due = store.tasks.due(waited_s=timers.ring_again_s, limit=room) if room > 0 else ()
     for task_id in due:
         queue.put(task_id)
     return len(due)

@@ -164,6 +164,13 @@ class TaskQueue:
         except (redis.RedisError, sqlite3.Error, OSError) as error:
             raise QueueUnavailable() from error
 
+    def waiting(self) -> int:
+        """How many messages nobody has taken yet. Raises `QueueUnavailable`."""
+        try:
+            return self._huey.storage.queue_size()
+        except (redis.RedisError, sqlite3.Error, OSError) as error:
+            raise QueueUnavailable() from error
+
     def check(self) -> str:
         """One line that says what the queue is. Raises `QueueUnavailable`."""
         try:

@@ -117,6 +117,19 @@ BlobKind = Literal["input", "result", "diff", "session"]
 """`input` and `result` are git bundles, `diff` is text, `session` is JSON of the agent's transcript files."""
 
 
+class Priority(StrEnum):
+    """How long a task pretends to have waited already: nothing that waits is overtaken for ever."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+    @property
+    def head_start_s(self) -> float:
+        """Seconds by which it counts as submitted earlier."""
+        return {Priority.LOW: -900.0, Priority.NORMAL: 0.0, Priority.HIGH: 900.0}[self]
+
+
 class TaskSpec(Record):
     """What was asked for. It never changes after the submit."""
 
@@ -134,6 +147,7 @@ class TaskSpec(Record):
     max_turns: int | None = None
     max_budget_usd: float | None = None
     tags: tuple[str, ...] = ()
+    priority: Priority = Priority.NORMAL
 
 
 class Idempotency(Record):
@@ -213,8 +227,11 @@ class Task(Record):
     model: str | None = None
     provider: str | None = None
     tags: tuple[str, ...] = ()
+    priority: Priority = Priority.NORMAL
     attempt: int = 0
     parent_task_id: str | None = None
+    retry_of: str | None = None
+    """The task that this one tries once more."""
     schedule_id: str | None = None
     created_at: datetime
     started_at: datetime | None = None
@@ -293,6 +310,8 @@ class Claim(Record):
     """The sandbox of an earlier attempt; it may still live and hold the work."""
     sandbox_nonce: str | None
     """Committed before a sandbox is created; a sandbox that carries it belongs to this task."""
+    sandbox_place: str | None
+    """Where that sandbox is, if only workers of that place reach it."""
     log_offset: int
     """How far into the runner's log the store has read, in bytes."""
     running_seconds: float
@@ -300,6 +319,68 @@ class Claim(Record):
     credentials: bytes | None
     """The task's sealed credentials (see secrets.py)."""
     cancel_requested: bool
+
+
+class Place(Record):
+    """Where a queued task stands, as far as can be told in this moment."""
+
+    position: int
+    """1 is taken next."""
+    waiting_for: str
+    """What keeps it from being taken."""
+    starts_in_seconds: float | None
+    """An estimate from how long the last tasks took; null when there is nothing to estimate from."""
+
+
+class WorkerInfo(Record):
+    """A worker process, as it has last reported."""
+
+    name: str
+    place: str
+    version: str
+    concurrency: int
+    running: int
+    """How many tasks it holds."""
+    started_at: datetime
+    seen_at: datetime
+    swept_at: datetime | None
+    """When its sweeper last went through to the end."""
+
+
+class Waiting(Record):
+    """What one account waits for and has running."""
+
+    account_id: str
+    queued: int
+    running: int
+    oldest_at: datetime | None
+    """When the oldest task that waits was submitted."""
+
+
+class Running(Record):
+    """A task that has begun and not ended."""
+
+    task_id: str
+    account_id: str
+    title: str
+    phase: Phase | None
+    attempt: int
+    worker: str | None
+    """None while no worker has it: the last one gave it back."""
+    lease_until: datetime | None
+    lost_leases: int
+    started_at: datetime | None
+
+
+class Overview(Record):
+    """The whole installation in one moment, for whoever operates it."""
+
+    accounts: tuple[Waiting, ...]
+    running: tuple[Running, ...]
+    workers: tuple[WorkerInfo, ...]
+    dead_letters: tuple[Task, ...]
+    """The newest tasks that ended as poisoned."""
+    last_sweep_at: datetime | None
 
 
 class Account(Record):

@@ -134,11 +134,19 @@ class TaskRow(Model):
     idempotency_key = CharField(255, null=True)
     arguments_digest = Text(null=True)
     """Of everything that was submitted with the key."""
+    waits_since = Utc(null=True)
+    """What the order of the queue goes by: `created_at`, earlier or later by the priority."""
+    not_before = Utc(null=True)
+    """A task that was given back since something did not answer is left alone until then."""
+    sandbox_place = Text(null=True)
+    """Where the sandbox is, if only workers of that place reach it."""
+    retry_of = CharField(40, null=True)
 
     class Meta:
         indexes = (
             (("account_id", "created_at", "task_id"), False),
             (("status",), False),
+            (("status", "account_id"), False),
             (("account_id", "idempotency_key"), True),
         )
 
@@ -181,6 +189,16 @@ class MessageRow(Model):
         indexes = ((("task_id", "number"), False),)
 
 
+class WorkerRow(Model):
+    name = CharField(255, primary_key=True)
+    place = Text()
+    version = Text()
+    concurrency = IntegerField()
+    started_at = Utc()
+    seen_at = Utc()
+    swept_at = Utc(null=True)
+
+
 M = TypeVar("M", bound=Model)
 
 
@@ -199,7 +217,8 @@ class Tables:
         self.events = bound(EventRow, "events")
         self.blobs = bound(BlobRow, "blobs")
         self.messages = bound(MessageRow, "messages")
+        self.workers = bound(WorkerRow, "workers")
 
     @property
     def all(self) -> tuple[type[Model], ...]:
-        return (self.accounts, self.tasks, self.events, self.blobs, self.messages)
+        return (self.accounts, self.tasks, self.events, self.blobs, self.messages, self.workers)

@@ -7,13 +7,16 @@ through a symlink.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import secrets
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from cloudagent_storage.errors import UnknownProvider
+from cloudagent_storage.errors import SandboxUnavailable, UnknownProvider
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class Provider(Protocol):
     name: str
     session_cap_s: float | None
     """The longest life of one sandbox, or None."""
+    place: str | None
+    """Where its sandboxes are, if only the workers there reach them; None when any worker does."""
 
     def create(self, *, metadata: Mapping[str, str]) -> Sandbox:
         """A new empty sandbox. Raises `SandboxUnavailable` with the remedy."""
@@ -132,6 +137,28 @@ PROVIDERS: Mapping[str, tuple[str, str]] = {
     "local": ("cloudagent_queue.sandboxes.local", "LocalProvider"),
     "unsafe-process": ("cloudagent_queue.sandboxes.local", "UnsafeProcessProvider"),
 }
+
+
+def place_of(folder: Path) -> str:
+    """The name of a place, which is kept in a folder there; one is made where there is none.
+
+    Raises `SandboxUnavailable`.
+    """
+    path = folder / "place"
+    draft = folder / f".place_{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            draft.write_text(f"{socket.gethostname()}-{secrets.token_hex(4)}")
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(draft)
+            draft.unlink()
+        return path.read_text()
+    except OSError as error:
+        raise SandboxUnavailable(
+            "The data folder cannot be written to.",
+            remedy="Check CLOUDAGENT_HOME: its owner, its permissions and the free space on its disk.",
+        ) from error
 
 
 def open_provider(name: str, *, data_folder: Path) -> Provider:

@@ -23,10 +23,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from cloudagent_queue.sandboxes import CommandResult, SandboxInfo, processes, safe_files
+from cloudagent_queue.sandboxes import CommandResult, SandboxInfo, place_of, processes, safe_files
 from cloudagent_queue.sandboxes.bubblewrap import Bubblewrap, find_bubblewrap, isolation, library_path
 from cloudagent_storage.errors import SandboxError, SandboxGone, SandboxUnavailable, SandboxUnreachable
 from cloudagent_storage.records import new_id
@@ -310,6 +311,10 @@ class _FolderProvider(ABC):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    @cached_property
+    def place(self) -> str:
+        return place_of(self._folder)
 
     def create(self, *, metadata: Mapping[str, str]) -> LocalSandbox:
         self.self_check()

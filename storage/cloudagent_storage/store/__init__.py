@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from cloudagent_storage.store.accounts import Accounts
+from cloudagent_storage.store.backlog import Backlog
 from cloudagent_storage.store.blobs import MAX_BLOB_BYTES, Blobs
+from cloudagent_storage.store.changes import Changes as Feed
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.events import Events
 from cloudagent_storage.store.messages import Messages
 from cloudagent_storage.store.tasks import Changes, Tasks
+from cloudagent_storage.store.workers import Workers
 
 __all__ = ["MAX_BLOB_BYTES", "Changes", "Store"]
 
@@ -26,6 +29,9 @@ class Store:
         self.events = Events(database)
         self.blobs = Blobs(database)
         self.messages = Messages(database)
+        self.backlog = Backlog(database)
+        self.workers = Workers(database)
+        self.changes = Feed(database)
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -45,4 +51,5 @@ class Store:
 
     def close(self) -> None:
         """Close every connection, also those in use. A call after it connects again."""
+        self.changes.close()
         self._database.close()

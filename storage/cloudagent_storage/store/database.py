@@ -28,6 +28,8 @@ WAIT_S = 10
 """The longest wait for a connection, and for another transaction's lock."""
 MIGRATE_WAIT_S = 120
 """The longest wait for another process that migrates."""
+CHANNEL = "cloudagent_tasks"
+"""Where Postgres is told which task has changed."""
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
 MIGRATION_LOCK = 7_166_025_518_011_390_465
 """The advisory lock's number: `cloudagent` shares a server with whoever else takes such locks."""
@@ -60,11 +62,12 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        self._file: Path | None = None
+        self.file: Path | None = None
+        """SQLite's; None on Postgres."""
         if url.startswith("sqlite:///"):
-            self._file = Path(url.removeprefix("sqlite:///"))
+            self.file = Path(url.removeprefix("sqlite:///"))
             self._peewee: Any = PooledSqliteDatabase(
-                str(self._file),
+                str(self.file),
                 max_connections=CONNECTIONS,
                 timeout=WAIT_S,
                 autoconnect=False,
@@ -110,6 +113,15 @@ class Database:
         with _translated(), self._peewee.connection_context(), self._peewee.atomic():
             yield
 
+    def announce(self, task_id: str) -> None:
+        """Once the transaction is committed, whoever waits for this task is told. SQLite's file tells by itself."""
+        if self.file is None:
+            self._peewee.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, task_id))
+
+    def connect_apart(self) -> Any:
+        """A connection of Postgres's that is none of the pool's; raises the driver's errors."""
+        return psycopg2.connect(dbname=self._peewee.database, **self._peewee.connect_params)
+
     def check(self) -> None:
         with self.reading():
             self._peewee.execute_sql("SELECT 1").fetchone()
@@ -123,11 +135,11 @@ class Database:
     @property
     def now(self) -> peewee.Node:
         """This moment; not the transaction's beginning, as that may lie before a long wait for a lock."""
-        return peewee.SQL("clock_timestamp()" if self._file is None else NOW_SQLITE)
+        return peewee.SQL("clock_timestamp()" if self.file is None else NOW_SQLITE)
 
     def later(self, seconds: float) -> peewee.Node:
         """That many seconds from now; before now where negative."""
-        if self._file is None:
+        if self.file is None:
             return peewee.SQL("(clock_timestamp() + make_interval(secs => %s))", (seconds,))
         return peewee.SQL(LATER_SQLITE, (f"{seconds:+.3f} seconds",))
 
@@ -136,7 +148,7 @@ class Database:
 
         SQLite's clock counts in milliseconds, and two tasks may be added within one.
         """
-        if self._file is None:
+        if self.file is None:
             return self.now
         newest = f"(SELECT {AFTER_SQLITE} FROM tasks WHERE account_id = ?)"
         return peewee.SQL(f"max({NOW_SQLITE}, coalesce({newest}, ''))", (account_id,))
@@ -145,7 +157,7 @@ class Database:
 
     def locked(self, query: Any, *, skip: bool = False) -> Any:
         """The query, holding its rows until the transaction ends; `skip` leaves out those that another holds."""
-        if self._file is not None:
+        if self.file is not None:
             return query
         return query.for_update("FOR UPDATE SKIP LOCKED" if skip else "FOR UPDATE")
 
@@ -158,11 +170,11 @@ class Database:
     @contextmanager
     def _only_migrator(self) -> Generator[None]:
         """A connection of which there is one at a time: the runner of migrations has no lock of its own."""
-        if self._file is not None:
+        if self.file is not None:
             try:
-                lock = FileLock(f"{self._file}.migrate.lock", timeout=MIGRATE_WAIT_S).acquire()
+                lock = FileLock(f"{self.file}.migrate.lock", timeout=MIGRATE_WAIT_S).acquire()
                 # Prompts and sealed credentials are in it; SQLite gives its other files the same mode.
-                self._file.touch(mode=0o600)
+                self.file.touch(mode=0o600)
             except (Timeout, OSError) as error:
                 raise DatabaseUnavailable("The database's file cannot be used.") from error
             with lock, self._peewee.connection_context():

@@ -11,6 +11,7 @@ from peewee import Expression
 
 from cloudagent_storage.errors import LeaseLost, TaskNotFound
 from cloudagent_storage.records import (
+    TERMINAL,
     EventDraft,
     Message,
     Phase,
@@ -30,6 +31,8 @@ from cloudagent_storage.tables import TaskRow
 
 ACTIVE = (TaskStatus.RUNNING, TaskStatus.WAITING)
 TASK_ID = re.compile(r"task_[a-z2-7]{26}")
+UNSEEN = frozenset({"lease_until", "rung_at", "log_offset", "running_seconds", "usage", "lost_leases"})
+"""What changes so often that nobody is told: whoever waits for a task does not wait for these."""
 
 
 def find(db: Database, account_id: str, task_id: str, *, lock: bool = False, columns: Sequence[Any] = ()) -> TaskRow:
@@ -73,6 +76,8 @@ def change(
     if not changed:
         return None
     write_lines(db, task_id, changed[0].last_seq, lines)
+    if lines or not changes.keys() <= UNSEEN:
+        db.announce(task_id)
     return changed[0]
 
 
@@ -118,8 +123,10 @@ def task_of(row: TaskRow) -> Task:
         model=row.model or spec.model,
         provider=row.provider or spec.provider,
         tags=spec.tags,
+        priority=spec.priority,
         attempt=row.attempt,
         parent_task_id=row.parent_task_id,
+        retry_of=row.retry_of,
         schedule_id=row.schedule_id,
         created_at=row.created_at,
         started_at=row.started_at,
@@ -130,6 +137,22 @@ def task_of(row: TaskRow) -> Task:
         usage=Usage.model_validate({name: value for name, value in (row.usage or {}).items() if value is not None}),
         question=row.question,
     )
+
+
+def ended(db: Database, status: TaskStatus, *, error: TaskError | None) -> dict[str, Any]:
+    """What the row of every task that has ended looks like."""
+    if status not in TERMINAL:
+        raise ValueError("a task ends in a terminal status")
+    return {
+        "status": status,
+        "error": json_of(error),
+        "completed_at": db.now,
+        "phase": None,
+        "question": None,
+        "owner": None,
+        "lease_until": None,
+        "credentials": None,
+    }
 
 
 def json_of(record: Result | TaskError | TaskSpec | Usage | None) -> dict[str, Any] | None:

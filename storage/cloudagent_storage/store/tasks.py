@@ -9,17 +9,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypedDict, Unpack
 
-from peewee import Case, Expression, fn
+from peewee import Expression
 
 from cloudagent_storage.errors import AmbiguousId, IdempotencyMismatch, InvalidCursor, LeaseLost, TaskNotFound
 from cloudagent_storage.records import (
     ID_LENGTH,
-    TERMINAL,
     BlobKind,
     Claim,
     EventDraft,
     Idempotency,
-    Level,
     Phase,
     Result,
     Signals,
@@ -32,6 +30,7 @@ from cloudagent_storage.records import (
     Verdict,
     new_id,
 )
+from cloudagent_storage.store.backlog import take
 from cloudagent_storage.store.blobs import packed, write_blob
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.log import write_lines
@@ -40,6 +39,7 @@ from cloudagent_storage.store.row import (
     TASK_ID,
     change,
     change_held,
+    ended,
     find,
     held_by,
     json_of,
@@ -49,19 +49,12 @@ from cloudagent_storage.store.row import (
 )
 from cloudagent_storage.tables import TaskRow, storable
 
-LOST_LEASES = 3
-"""A task whose lease ran out so many times in a row, with nothing new in its log, is poisoned."""
 PREFIX = re.compile(rf"[a-z2-7]{{4,{ID_LENGTH}}}")
 
 CANCELLED = TaskError(
     code="cancelled_by_user",
     message="The task was cancelled before it started.",
     remedy="Submit it again if it is still wanted.",
-)
-POISONED = TaskError(
-    code="poisoned",
-    message=f"{LOST_LEASES} workers in a row were lost while they ran this task.",
-    remedy="Look at the end of its log and at the workers' logs; then submit it again.",
 )
 
 
@@ -74,6 +67,7 @@ class Changes(TypedDict, total=False):
     provider: str | None
     sandbox_id: str | None
     sandbox_nonce: str | None
+    sandbox_place: str | None
     question: str | None
     """With a question the task waits; without, it runs."""
     usage: Usage
@@ -100,6 +94,7 @@ class Tasks:
         blobs: Mapping[BlobKind, bytes] | None = None,
         lines: Sequence[EventDraft] = (),
         idempotency: Idempotency | None = None,
+        retry_of: str | None = None,
     ) -> Task:
         """Keep a new task, with all that belongs to it, in one step.
 
@@ -122,6 +117,8 @@ class Tasks:
                 base_sha=base_sha,
                 credentials=credentials,
                 created_at=self._db.now_in_list(account_id),
+                waits_since=self._db.later(-spec.priority.head_start_s),
+                retry_of=retry_of,
                 last_seq=len(lines),
                 idempotency_key=None if idempotency is None else idempotency.key,
                 arguments_digest=None if idempotency is None else idempotency.digest,
@@ -148,6 +145,11 @@ class Tasks:
         """An account's task. Raises `TaskNotFound`, the same for another account's id as for an unknown one."""
         with self._db.reading():
             return task_of(find(self._db, account_id, task_id))
+
+    def spec(self, account_id: str, task_id: str) -> TaskSpec:
+        """All that was asked for. Raises `TaskNotFound`."""
+        with self._db.reading():
+            return spec_of(find(self._db, account_id, task_id))
 
     def version(self, account_id: str, task_id: str) -> tuple[str, ...]:
         """Something that is different whenever status, phase or log have changed. Raises `TaskNotFound`."""
@@ -226,7 +228,10 @@ class Tasks:
             row = find(self._db, account_id, task_id, lock=True)
             if row.status == TaskStatus.QUEUED:
                 line = EventDraft(kind="status", message="Cancelled before it started.")
-                changes = {"cancel_requested_at": self._db.now, **self._ended(TaskStatus.CANCELLED, error=CANCELLED)}
+                changes = {
+                    "cancel_requested_at": self._db.now,
+                    **ended(self._db, TaskStatus.CANCELLED, error=CANCELLED),
+                }
             elif row.status in ACTIVE and row.cancel_requested_at is None:
                 line = EventDraft(kind="status", message="Cancel requested.")
                 changes = {"cancel_requested_at": self._db.now}
@@ -244,36 +249,8 @@ class Tasks:
         None when it is not to be had: another worker has it, it has ended, or it ends here because its lease ran out
         for the third time without progress.
         """
-        rows = self._rows
-        active = rows.status.in_(ACTIVE)
-        released = active & rows.lease_until.is_null()
-        expired = active & rows.lease_until.is_null(False) & (rows.lease_until < self._db.now)
-        queued = (rows.status == TaskStatus.QUEUED) & rows.cancel_requested_at.is_null()
-        poison = EventDraft(kind="error", level=Level.ERROR, message=POISONED.message)
         with self._db.writing():
-            if change(
-                self._db,
-                task_id,
-                expired & (rows.lost_leases >= LOST_LEASES - 1),
-                lines=[poison],
-                **self._ended(TaskStatus.FAILED, error=POISONED),
-                lost_leases=rows.lost_leases + 1,
-            ):
-                return None
-            row = change(
-                self._db,
-                task_id,
-                queued | released | expired,
-                whole=True,
-                status=TaskStatus.RUNNING,
-                attempt=rows.attempt + 1,
-                owner=worker,
-                lease_until=self._db.later(lease_s),
-                lost_leases=Case(None, [(expired, rows.lost_leases + 1)], rows.lost_leases),
-                started_at=fn.COALESCE(rows.started_at, self._db.now),
-                rung_at=None,  # so that a lease which runs out is seen at once
-            )
-        return None if row is None else _claim_of(row)
+            return take(self._db, task_id, worker=worker, lease_s=lease_s)
 
     def renew(self, task_id: str, attempt: int, *, lease_s: float) -> Signals:
         """Hold on to a task for `lease_s` from now. Raises `LeaseLost`."""
@@ -327,11 +304,17 @@ class Tasks:
         with self._db.writing():
             return self._signals(change_held(self._db, task_id, attempt, lines=events, **columns), task_id)
 
-    def release(self, task_id: str, attempt: int, *, line: EventDraft | None = None) -> None:
-        """Give a task back as it is: the next worker takes it at once, no lease counts as lost. Raises `LeaseLost`."""
+    def release(self, task_id: str, attempt: int, *, pause_s: float = 0, line: EventDraft | None = None) -> None:
+        """Give a task back as it is: no lease counts as lost, and the next worker takes it at once, or after `pause_s`.
+
+        Raises `LeaseLost`.
+        """
         lines = () if line is None else (line,)
+        given_back: dict[str, Any] = {"owner": None, "lease_until": None, "rung_at": None}
+        if pause_s:
+            given_back["not_before"] = self._db.later(pause_s)
         with self._db.writing():
-            change_held(self._db, task_id, attempt, lines=lines, owner=None, lease_until=None, rung_at=None)
+            change_held(self._db, task_id, attempt, lines=lines, **given_back)
 
     def finish(
         self,
@@ -346,7 +329,11 @@ class Tasks:
         events: Sequence[EventDraft] = (),
     ) -> Task:
         """End a task, for good. Its credentials are forgotten. Raises `LeaseLost`, also when it has ended before."""
-        columns: dict[str, Any] = {"verdict": verdict, "result": json_of(result), **self._ended(status, error=error)}
+        columns: dict[str, Any] = {
+            "verdict": verdict,
+            "result": json_of(result),
+            **ended(self._db, status, error=error),
+        }
         if usage is not None:
             columns["usage"] = json_of(usage)
         with self._db.writing():
@@ -360,7 +347,8 @@ class Tasks:
         rows = self._rows
         unheld = rows.status.in_(ACTIVE) & (rows.lease_until.is_null() | (rows.lease_until < self._db.now))
         quiet = rows.rung_at.is_null() | (rows.rung_at < self._db.later(-waited_s))
-        wanted = ((rows.status == TaskStatus.QUEUED) | unheld) & quiet
+        ready = rows.not_before.is_null() | (rows.not_before <= self._db.now)
+        wanted = ((rows.status == TaskStatus.QUEUED) | unheld) & quiet & ready
         chosen = rows.select(rows.task_id).where(wanted).order_by(rows.created_at).limit(limit)
         with self._db.writing():
             # Rows that somebody else is changing are skipped: waiting for them in any order could end in a deadlock.
@@ -404,36 +392,6 @@ class Tasks:
 
     def _signals(self, row: TaskRow, task_id: str) -> Signals:
         return signals(self._db, task_id, row)
-
-    def _ended(self, status: TaskStatus, *, error: TaskError | None) -> dict[str, Any]:
-        """What the row of every task that has ended looks like."""
-        if status not in TERMINAL:
-            raise ValueError("a task ends in a terminal status")
-        return {
-            "status": status,
-            "error": json_of(error),
-            "completed_at": self._db.now,
-            "phase": None,
-            "question": None,
-            "owner": None,
-            "lease_until": None,
-            "credentials": None,
-        }
-
-
-def _claim_of(row: TaskRow) -> Claim:
-    return Claim(
-        task=task_of(row),
-        spec=spec_of(row),
-        account_id=row.account_id,
-        attempt=row.attempt,
-        sandbox_id=row.sandbox_id,
-        sandbox_nonce=row.sandbox_nonce,
-        log_offset=row.log_offset,
-        running_seconds=row.running_seconds,
-        credentials=None if row.credentials is None else bytes(row.credentials),
-        cancel_requested=row.cancel_requested_at is not None,
-    )
 
 
 def _write_cursor(task: Task) -> str:
