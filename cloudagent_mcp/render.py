@@ -62,6 +62,31 @@ def show_list(page: dict[str, Any]) -> None:
         console.print(f"[dim]{page['total']} in all; more with[/] --cursor {page['next_cursor']}")
 
 
+def show_keys(page: dict[str, Any]) -> None:
+    """API keys in a table; in a pipe, tabs between the columns."""
+    names = ("key", "account", "ends in", "state", "last used", "name")
+    rows = [
+        (key["key_id"], key["account_id"], key["hint"], _key_state(key), key["last_used_at"] or "", clean(key["name"]))
+        for key in page["keys"]
+    ]
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(row))
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in names:
+        table.add_column(name, no_wrap=name != "name")
+    for key_id, account, hint, state, used, name in rows:
+        table.add_row(Text(key_id, "bold"), account, hint, state, used[:16].replace("T", " "), Text(name))
+    console.print(table)
+
+
+def _key_state(key: dict[str, Any]) -> str:
+    if key["revoked_at"]:
+        return "revoked"
+    return f"until {key['expires_at'][:10]}" if key["expires_at"] else "valid"
+
+
 def show_task(task: dict[str, Any]) -> None:
     """One task, its result and its last log lines."""
     head = Text.assemble((task["task_id"], "bold"), "  ", _status(task))

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Caller, operation
+from cloudagent_mcp.operations.credentials import Credentials, secret
 from cloudagent_mcp.operations.diffs import Diff, parse_diff
 from cloudagent_queue import repository
 from cloudagent_queue.agents import open_agent
@@ -41,6 +42,7 @@ from cloudagent_storage.records import (
     TaskPage,
     TaskSpec,
     TaskStatus,
+    bound_for_git,
     new_id,
 )
 
@@ -114,6 +116,7 @@ class Tasks:
         *,
         providers: Sequence[str],
         state_folder: Path,
+        credentials: Credentials,
         ring: Callable[[str], None],
     ) -> None:
         """`store` and `keyring` are opened when they are first needed.
@@ -124,6 +127,7 @@ class Tasks:
         self._keyring = keyring
         self._providers = providers
         self._state_folder = state_folder
+        self._credentials = credentials
         self._ring = ring
 
     @property
@@ -172,6 +176,8 @@ class Tasks:
             str | None,
             Field(min_length=1, max_length=255, description="Repeat the call with the same key: still one task."),
         ] = None,
+        anthropic_api_key: Annotated[str | None, secret("This task's own key for the model; never echoed.")] = None,
+        github_token: Annotated[str | None, secret("Fetches from github.com; never echoed.")] = None,
     ) -> Submitted:
         """Hand a coding task to a remote agent that works alone in a sandbox on a copy of a repository.
         Answers at once with a task_id; the task goes on whatever becomes of this call. Then wait with get_task.
@@ -187,10 +193,11 @@ class Tasks:
         if provider is not None and provider not in self._providers:
             raise UnknownProvider(remedy=f"Choose one of: {', '.join(self._providers)}.")
         agent = open_agent("claude")
-        environment = {name: caller.environment[name] for name in agent.environment if caller.environment.get(name)}
-        agent.check_credential(environment)
+        environment = self._credentials.for_agent(caller, agent, anthropic_api_key)
+        tokens = self._credentials.for_git(caller, github_token)
         idempotency = None
         if idempotency_key is not None:
+            # Without the credentials: the same submit may be repeated with fresh ones.
             asked = [prompt, repository, base_ref, title, model, verify, setup, timeout_minutes, max_turns]
             asked += [max_budget_usd, provider, tags]
             digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -220,6 +227,7 @@ class Tasks:
             task_id=task_id,
             base_sha=source.base_sha,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
+            git_credentials=self._sealed_for_git(task_id, tokens),
             blobs={"input": source.bundle} if source.bundle is not None else {},
             lines=[EventDraft(kind="status", message="Queued."), *source.warnings],
             idempotency=idempotency,
@@ -403,6 +411,11 @@ class Tasks:
         return self._store.blobs.get(caller.account_id, task_id, "input")
 
     # -- shared ---------------------------------------------------------------------------------------------------
+
+    def _sealed_for_git(self, task_id: str, tokens: dict[str, str]) -> bytes | None:
+        if not tokens:
+            return None
+        return self._keyring().seal(json.dumps(tokens).encode(), bound_to=bound_for_git(task_id))
 
     def _result_of(self, caller: Caller, task: Task) -> bytes:
         bundle = self._store.blobs.get(caller.account_id, task.task_id, "result")

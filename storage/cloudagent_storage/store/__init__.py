@@ -6,6 +6,7 @@ from cloudagent_storage.store.accounts import Accounts
 from cloudagent_storage.store.blobs import MAX_BLOB_BYTES, Blobs
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.events import Events
+from cloudagent_storage.store.keys import Keys
 from cloudagent_storage.store.messages import Messages
 from cloudagent_storage.store.tasks import Changes, Tasks
 
@@ -26,6 +27,7 @@ class Store:
         self.events = Events(database)
         self.blobs = Blobs(database)
         self.messages = Messages(database)
+        self.keys = Keys(database)
 
     @classmethod
     def open(cls, url: str) -> Store:

@@ -97,6 +97,7 @@ class Tasks:
         task_id: str | None = None,
         base_sha: str | None = None,
         credentials: bytes | None = None,
+        git_credentials: bytes | None = None,
         blobs: Mapping[BlobKind, bytes] | None = None,
         lines: Sequence[EventDraft] = (),
         idempotency: Idempotency | None = None,
@@ -121,6 +122,7 @@ class Tasks:
                 tags=list(spec.tags),
                 base_sha=base_sha,
                 credentials=credentials,
+                git_credentials=git_credentials,
                 created_at=self._db.now_in_list(account_id),
                 last_seq=len(lines),
                 idempotency_key=None if idempotency is None else idempotency.key,
@@ -418,6 +420,7 @@ class Tasks:
             "owner": None,
             "lease_until": None,
             "credentials": None,
+            "git_credentials": None,
         }
 
 
@@ -432,6 +435,7 @@ def _claim_of(row: TaskRow) -> Claim:
         log_offset=row.log_offset,
         running_seconds=row.running_seconds,
         credentials=None if row.credentials is None else bytes(row.credentials),
+        git_credentials=None if row.git_credentials is None else bytes(row.git_credentials),
         cancel_requested=row.cancel_requested_at is not None,
     )
 
