@@ -1,8 +1,8 @@
 """API keys: how a token is made, and how one that somebody sends is looked up.
 
 A token is `cag_`, the 26 characters of its key's id, `_`, and a secret of 256 random bits. Kept is only a hash of it,
-keyed by the encryption keyring and bound to the account: whoever steals the database can neither use it nor test guesses,
-and whoever can write to it cannot move a key to another account.
+keyed by the encryption keyring and bound to the account: whoever steals the database can neither use it nor test
+guesses, and whoever can write to it cannot move a key to another account.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import logging
 import re
 import secrets
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import anyio
@@ -103,12 +103,12 @@ class ApiKeyCheck:
     def _fresh(self, key_id: str) -> _Known | None:
         with self._lock:
             known = self._known.get(key_id)
-            return known if known is not None and time.monotonic() - known.at < KNOWN_FOR_S else None
+            return known if known is not None and monotonic() - known.at < KNOWN_FOR_S else None
 
     def _look_up(self, key_id: str, token: str) -> _Known | None:
         if (known := self._fresh(key_id)) is not None:
             return known  # another thread has asked meanwhile
-        asked_at = time.monotonic()
+        asked_at = monotonic()
         kept = self._store().keys.find(key_id)
         if kept is None:
             return None

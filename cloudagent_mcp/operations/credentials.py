@@ -49,9 +49,10 @@ class Credentials:
 
 def arguments_of(environment: Mapping[str, str]) -> dict[str, str]:
     """The arguments of `submit_task` that say what a user's environment has, for a server that does not see it."""
-    token = next((environment[name] for name in GITHUB_VARIABLES if environment.get(name)), None)
-    found = {"anthropic_api_key": environment.get("ANTHROPIC_API_KEY"), "github_token": token}
-    return {name: value.strip() for name, value in found.items() if value}
+    given = {name: environment.get(name, "").strip() for name in ("ANTHROPIC_API_KEY", *GITHUB_VARIABLES)}
+    token = next((given[name] for name in GITHUB_VARIABLES if given[name]), "")
+    found = {"anthropic_api_key": given["ANTHROPIC_API_KEY"], "github_token": token}
+    return {name: value for name, value in found.items() if value}
 
 
 def _suffices(agent: Agent, environment: dict[str, str]) -> bool:

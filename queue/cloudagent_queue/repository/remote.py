@@ -69,7 +69,8 @@ def fetch_remote(
     host: one is sent to its very host only, over https, and then nothing of `env` is tried in its place; what it brings
     is cached for this account alone. Setting `give_up` ends it early, as unreachable.
 
-    Raises `RepositoryUnreachable` with the reason, `RepositoryEmpty`, `RepositoryNotAllowed`, `RefNotFound` with the nearest names, `RepositoryTooLarge`.
+    Raises `RepositoryUnreachable` with the reason, `RepositoryEmpty`, `RepositoryNotAllowed`, `RefNotFound` with the
+    nearest names, `RepositoryTooLarge`.
     """
     deadline = time.monotonic() + timeout_s
     cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
