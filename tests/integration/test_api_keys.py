@@ -26,6 +26,7 @@ pytestmark = pytest.mark.anyio
 
 ADMIN = "a-key-for-the-tests"
 HOST = "127.0.0.1:8420"
+WAYS_IN = (("GET", "/api/v1/tasks"), ("POST", "/mcp"))
 OLD, NEW = generate_key(), generate_key()
 
 
@@ -113,8 +114,8 @@ async def test_whatever_is_wrong_with_a_key_the_answer_is_the_same(world: World,
     malformed = ["cag_", "", "x", good[:-1], good + "x", good.upper(), good.removeprefix("cag_"), "ä", good + " x"]
     answers: set[tuple[Any, ...]] = set()
     for token in (wrong_secret, unknown, revoked, expired, stranger, *malformed):
-        for path in ("/api/v1/tasks", "/mcp"):
-            response = rest.get(path, headers={"Authorization": f"Bearer {token}".encode()})  # pyright: ignore
+        for method, path in WAYS_IN:
+            response = rest.request(method, path, headers={"Authorization": f"Bearer {token}".encode()})  # pyright: ignore
             answers.add((response.status_code, response.content, tuple(sorted(response.headers.items()))))
     assert len(answers) == 1 and next(iter(answers))[0] == 401
     assert rest.get("/api/v1/tasks", headers=bearer(good)).status_code == 200
@@ -260,8 +261,8 @@ async def test_a_database_that_does_not_answer_is_not_a_wrong_key(world: World, 
     dead = replace(world, environment={**world.environment, "DATABASE_URL": "postgresql://x@127.0.0.1:9/x"})
     app = http_app(dead.app(), key=ADMIN, host="127.0.0.1", port=8420)
     with TestClient(app, base_url=f"http://{HOST}", headers={"Host": HOST}) as client:
-        for path in ("/api/v1/tasks", "/mcp"):
-            response = client.get(path, headers=bearer(token))
+        for method, path in WAYS_IN:
+            response = client.request(method, path, headers=bearer(token))
             assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
             assert "www-authenticate" not in response.headers
         assert client.get("/api/v1/tasks", headers=bearer("wrong")).status_code == 401
