@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from cloudagent_mcp import __version__
 from cloudagent_mcp.operations import Caller, Operation, operations_of
+from cloudagent_mcp.operations.backlog import Backlog
+from cloudagent_mcp.operations.credentials import Credentials
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage.errors import CloudAgentError
@@ -54,26 +56,37 @@ class App:
         return [name.strip() for name in self.settings.sandbox_provider.split(",") if name.strip()]
 
     @cached_property
+    def credentials(self) -> Credentials:
+        """The operator's own."""
+        key, token = self.settings.system_anthropic_api_key, self.settings.system_github_token
+        return Credentials(
+            anthropic_api_key=None if key is None else key.get_secret_value(),
+            github_token=None if token is None else token.get_secret_value(),
+        )
+
+    @cached_property
     def tasks(self) -> Tasks:
         return Tasks(
             lambda: self.store,
             lambda: self.settings.keyring,
             providers=self.providers,
             state_folder=self.settings.cloudagent_home / "apply",
+            credentials=self.credentials,
+            running_max=self.settings.account_running_max,
             ring=self.ring,
         )
 
     @cached_property
     def operations(self) -> dict[str, Operation]:
-        return operations_of(self.tasks)
+        return operations_of(self.tasks, Backlog(lambda: self.store))
 
     def local_caller(self) -> Caller:
         """The user of this machine, working in the current folder."""
-        return Caller(local=True, folder=Path.cwd(), environment=self.settings.environment)
+        return Caller(local=True, operator=True, folder=Path.cwd(), environment=self.settings.environment)
 
-    def remote_caller(self, account_id: str) -> Caller:
+    def remote_caller(self, account_id: str, *, operator: bool = False) -> Caller:
         """Somebody with a key; the credentials are the server's."""
-        return Caller(account_id=account_id, environment=self.settings.environment)
+        return Caller(account_id=account_id, operator=operator, environment=self.settings.environment)
 
     def ring(self, task_id: str) -> None:
         """See to it that a worker takes a committed task. What fails here costs seconds, never the task."""

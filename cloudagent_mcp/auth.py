@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cloudagent_mcp.api_keys import ApiKeyCheck
 from cloudagent_mcp.rest import problem
 from cloudagent_mcp.settings import Settings
-from cloudagent_storage.errors import ForbiddenHost, InvalidInput, Unauthorized
+from cloudagent_storage.errors import CloudAgentError, ForbiddenHost, InvalidInput, Unauthorized
 from cloudagent_storage.records import LOCAL_ACCOUNT
 
 OPEN_PATHS = frozenset({"/health"})
@@ -75,9 +76,10 @@ def allowed_hosts(settings: Settings, *, host: str, port: int) -> list[str]:
 class Guard:
     """ASGI middleware: checks Host, Origin and key on every route, and says whose request it is."""
 
-    def __init__(self, app: ASGIApp, *, key: str, hosts: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, *, key: str, hosts: Sequence[str], api_keys: ApiKeyCheck) -> None:
         self._app = app
         self._key = key.encode()
+        self._api_keys = api_keys
         self._hosts = frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,13 +87,16 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request = Request(scope)
-        if (response := self._refusal(request)) is not None:
-            await response(scope, receive, send)
-            return
-        scope.setdefault("state", {})["account_id"] = LOCAL_ACCOUNT
-        await self._app(scope, receive, send)
+        response = self._foreign(request)
+        if response is None and request.url.path not in OPEN_PATHS:
+            try:
+                account_id, operator = await self._holder(request)
+                scope.setdefault("state", {}).update(account_id=account_id, operator=operator)
+            except CloudAgentError as error:
+                response = problem(error)
+        await (self._app if response is None else response)(scope, receive, send)
 
-    def _refusal(self, request: Request) -> Response | None:
+    def _foreign(self, request: Request) -> Response | None:
         if self._hosts:
             # Against DNS rebinding: a page of somebody else's that resolves to this machine says its own name here.
             if request.headers.get("host", "") not in self._hosts:
@@ -99,9 +104,13 @@ class Guard:
             origin = request.headers.get("origin")
             if origin is not None and urlsplit(origin).netloc not in self._hosts:
                 return problem(ForbiddenHost(), status=403)
-        if request.url.path in OPEN_PATHS:
-            return None
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._key):
-            return problem(Unauthorized())
         return None
+
+    async def _holder(self, request: Request) -> tuple[str, bool]:
+        """Whose key it is, and whether that is the operator's."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            raise Unauthorized()
+        if hmac.compare_digest(token.strip().encode(), self._key):
+            return LOCAL_ACCOUNT, True
+        return await self._api_keys.account_of(token.strip()), False

@@ -17,12 +17,15 @@ import click
 from cloudagent_storage.errors import (
     CloudAgentError,
     CredentialMissing,
+    Forbidden,
+    InvalidInput,
     NotNow,
     Unauthorized,
     Unavailable,
 )
 
 if TYPE_CHECKING:
+    from cloudagent_mcp.app import App
     from cloudagent_mcp.client import Client
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -62,7 +65,7 @@ def report(error: CloudAgentError) -> int:
         click.echo(json.dumps(error.as_dict()))
     else:
         click.echo(f"{click.style('Error', fg='red')} ({error.code}): {error.message}\n  {error.remedy}", err=True)
-    if isinstance(error, Unavailable | Unauthorized | CredentialMissing):
+    if isinstance(error, Unavailable | Unauthorized | Forbidden | CredentialMissing):
         return EXIT_UNREACHABLE
     return EXIT_FAILED if isinstance(error, NotNow) else EXIT_USAGE
 
@@ -106,14 +109,27 @@ def task() -> None:
 @click.option("--max-budget-usd", type=float, help="What it may spend.")
 @click.option("--provider", help="Where its sandbox comes from.")
 @click.option("--tag", "tags", multiple=True, help="A word to find it by; may be given several times.")
+@click.option("--priority", type=click.Choice(["low", "normal", "high"]), help="Before which of your other tasks.")
 @click.option("--idempotency-key", help="Repeating the command with the same key is still one task.")
+@click.option(
+    "--send-credentials",
+    is_flag=True,
+    help="Give the server that CLOUDAGENT_URL names your environment's ANTHROPIC_API_KEY and GH_TOKEN or GITHUB_TOKEN.",
+)
 @click.option("--watch", is_flag=True, help="Then watch it to its end.")
 @as_json
-def create(prompt: str, tags: tuple[str, ...], watch: bool, as_json: bool, **options: Any) -> None:
+def create(
+    prompt: str, tags: tuple[str, ...], send_credentials: bool, watch: bool, as_json: bool, **options: Any
+) -> None:
     """Submit a task. PROMPT is what the agent should do; - reads it from standard input."""
     if prompt == "-":
         prompt = sys.stdin.read()
     given = {name: value for name, value in options.items() if value is not None}
+    if send_credentials:
+        from cloudagent_mcp.operations.credentials import arguments_of
+        from cloudagent_mcp.settings import Settings
+
+        given |= arguments_of(Settings.read().environment)
     with client() as api:
         created = api.call("submit_task", prompt=prompt, tags=list(tags), **given)
         if as_json and not watch:
@@ -270,6 +286,16 @@ def cancel(task_ids: tuple[str, ...], as_json: bool) -> None:
         _print(found, False, "show_cancelled")
 
 
+@task.command()
+@task_id
+@as_json
+def retry(task_id: str, as_json: bool) -> None:
+    """Try a task that has ended once more, as a new task."""
+    with client() as api:
+        created = api.call("retry_task", task_id=api.resolve(task_id))
+    _print(created, as_json, "show_created")
+
+
 def exit_code(task: dict[str, Any]) -> int:
     """0 when a task has completed and its verdict is not failed."""
     return 0 if task["status"] == "completed" and task["verdict"] != "failed" else EXIT_FAILED
@@ -293,6 +319,17 @@ def _print(answer: dict[str, Any], as_json: bool, how: str) -> None:
 
     show: Callable[[dict[str, Any]], None] = getattr(render, how)
     show(answer)
+
+
+# -- the installation -------------------------------------------------------------------------------------------------
+
+
+@ca.command()
+@as_json
+def queue(as_json: bool) -> None:
+    """Show what waits, what runs where, the workers and the dead letters."""
+    with client() as api:
+        _print(api.call("get_queue"), as_json, "show_queue")
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------
@@ -370,7 +407,7 @@ def worker(concurrency: int | None, embedded: bool) -> None:
 
 @ca.group()
 def key() -> None:
-    """Keys."""
+    """Keys. Those of accounts are made where the server runs, with its DATABASE_URL and ENCRYPTION_KEY."""
 
 
 @key.command()
@@ -379,3 +416,62 @@ def generate() -> None:
     from cloudagent_storage.secrets import generate_key
 
     click.echo(generate_key())
+
+
+@key.command("create")
+@click.argument("name")
+@click.option("--account", default="local", show_default=True, help="Whose key; the account is made if there is none.")
+@click.option("--expires-days", type=click.IntRange(1, 3650), help="When it stops to work. Default: never.")
+@as_json
+def create_key(name: str, account: str, expires_days: int | None, as_json: bool) -> None:
+    """Make an API key for `ca serve` and print its token, this once."""
+    from cloudagent_mcp import api_keys
+
+    with server_app() as app:
+        made, token = api_keys.create_key(
+            app.store, app.settings.keyring, name=name, account_id=account, expires_days=expires_days
+        )
+    if as_json:
+        click.echo(json.dumps({**made.model_dump(mode="json"), "token": token}))
+        return
+    click.echo(f"{made.key_id} for the account {account}. Its token is not shown again:", err=True)
+    click.echo(token)
+
+
+@key.command("list")
+@as_json
+def list_keys(as_json: bool) -> None:
+    """List API keys, newest first."""
+    with server_app() as app:
+        keys = [found.model_dump(mode="json") for found in app.store.keys.list()]
+    _print({"keys": keys}, as_json, "show_keys")
+
+
+@key.command("revoke")
+@click.argument("key_ids", metavar="KEY...", nargs=-1, required=True)
+@as_json
+def revoke_keys(key_ids: tuple[str, ...], as_json: bool) -> None:
+    """End API keys, named by their ids or any beginning of one that is unique. It works within seconds."""
+    with server_app() as app:
+        keys = [app.store.keys.revoke(name).model_dump(mode="json") for name in key_ids]
+    _print({"keys": keys}, as_json, "show_keys")
+
+
+@contextmanager
+def server_app() -> Generator[App]:
+    """What the server works with, for its operator on the same machine."""
+    from cloudagent_mcp.app import App
+    from cloudagent_mcp.settings import Settings
+
+    settings = Settings.read()
+    if settings.cloudagent_url is not None:
+        raise InvalidInput(
+            "API keys are made, listed and revoked where the server runs, and CLOUDAGENT_URL names another one.",
+            remedy="Type it on the server's machine, with its DATABASE_URL and ENCRYPTION_KEY and no CLOUDAGENT_URL.",
+            field="CLOUDAGENT_URL",
+        )
+    app = App(settings)
+    try:
+        yield app
+    finally:
+        app.close()

@@ -14,12 +14,13 @@ from anyio.from_thread import start_blocking_portal
 from cloudagent_mcp import apply
 from cloudagent_mcp.app import App
 from cloudagent_mcp.operations import marks_of
+from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
 from cloudagent_storage.records import ID_LENGTH
 
-MARKS = marks_of(Tasks)
+MARKS = marks_of(Tasks, Backlog)
 PAGES_SEARCHED = 10
 
 

@@ -101,6 +101,8 @@ def _agent_in_sandbox(app: App) -> str:
 
 
 def _credential(settings: Settings, check: Callable[..., None]) -> str:
+    if settings.system_anthropic_api_key is not None:
+        return "SYSTEM_ANTHROPIC_API_KEY, for whoever brings none"
     check(settings.environment)
     return "found in the environment"
 

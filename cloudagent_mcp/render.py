@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -29,7 +30,7 @@ LEVEL_STYLES = {"warning": "yellow", "error": "red"}
 LINE_MAX = 2000
 
 
-def show_created(task: dict[str, Any], *, hint: bool) -> None:
+def show_created(task: dict[str, Any], *, hint: bool = True) -> None:
     console.print(f"[bold]{_short(task)}[/] queued: {_safe(task['title'])}")
     if hint:
         console.print(f"[dim]Watch it with[/] ca task watch {_short(task)}")
@@ -62,6 +63,31 @@ def show_list(page: dict[str, Any]) -> None:
         console.print(f"[dim]{page['total']} in all; more with[/] --cursor {page['next_cursor']}")
 
 
+def show_keys(page: dict[str, Any]) -> None:
+    """API keys in a table; in a pipe, tabs between the columns."""
+    names = ("key", "account", "ends in", "state", "last used", "name")
+    rows = [
+        (key["key_id"], key["account_id"], key["hint"], _key_state(key), key["last_used_at"] or "", clean(key["name"]))
+        for key in page["keys"]
+    ]
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(row))
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in names:
+        table.add_column(name, no_wrap=name != "name")
+    for key_id, account, hint, state, used, name in rows:
+        table.add_row(Text(key_id, "bold"), account, hint, state, used[:16].replace("T", " "), Text(name))
+    console.print(table)
+
+
+def _key_state(key: dict[str, Any]) -> str:
+    if key["revoked_at"]:
+        return "revoked"
+    return f"until {key['expires_at'][:10]}" if key["expires_at"] else "valid"
+
+
 def show_task(task: dict[str, Any]) -> None:
     """One task, its result and its last log lines."""
     head = Text.assemble((task["task_id"], "bold"), "  ", _status(task))
@@ -88,6 +114,10 @@ def show_task(task: dict[str, Any]) -> None:
     for name, value in rows.items():
         if value:
             console.print(f"  [dim]{name:<10}[/] {_safe(str(value))}")
+    if place := task.get("queue"):
+        when = place["starts_in_seconds"]
+        when = "nobody can tell when" if when is None else f"about {_duration(when)} from now" if when else "at once"
+        console.print(f"  [dim]{'queue':<10}[/] number {place['position']}, {when}; waits for {place['waiting_for']}")
     for line in task.get("log") or ():
         console.print(f"  [dim]{_safe(line)}[/]")
     console.print(f"[dim]Next:[/] {_safe(_next(task, artifacts))}")
@@ -117,6 +147,62 @@ def show_cancelled(task: dict[str, Any]) -> None:
 def show_line(line: dict[str, Any]) -> None:
     """One line of a log."""
     console.print(_line(line))
+
+
+def show_queue(queue: dict[str, Any]) -> None:
+    """What waits, what runs where, the workers, and what went wrong for good."""
+    now = datetime.now(UTC)
+
+    def ago(moment: str | None) -> str:
+        return "never" if moment is None else f"{_duration((now - datetime.fromisoformat(moment)).total_seconds())} ago"
+
+    def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+        console.print(f"[bold]{title}[/]" if rows else f"[bold]{title}[/] [dim]none[/]")
+        shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        for column in columns:
+            shown.add_column(column, no_wrap=True)
+        for row in rows:
+            shown.add_row(*(Text(clean(cell)) for cell in row))
+        if rows:
+            console.print(shown)
+
+    accounts = [
+        (found["account_id"], str(found["queued"]), str(found["running"]), ago(found["oldest_at"]))
+        for found in queue["accounts"]
+    ]
+    table("Accounts", ("account", "waiting", "running", "oldest"), accounts)
+    running = [
+        (
+            _short(task),
+            task["account_id"],
+            task["phase"] or "",
+            str(task["attempt"]),
+            task["worker"] or "no worker",
+            "expired"
+            if task["lease_until"] and datetime.fromisoformat(task["lease_until"]) < now
+            else "held"
+            if task["lease_until"]
+            else "given back",
+            task["title"][:50],
+        )
+        for task in queue["running"]
+    ]
+    table("Running", ("task", "account", "phase", "attempt", "worker", "lease", "title"), running)
+    workers = [
+        (
+            found["name"],
+            found["version"],
+            f"{found['running']} of {found['concurrency']}",
+            ago(found["seen_at"]),
+            ago(found["swept_at"]),
+        )
+        for found in queue["workers"]
+    ]
+    table("Workers", ("worker", "version", "busy", "seen", "swept"), workers)
+    dead = [(_short(task), ago(task["completed_at"]), task["title"][:50]) for task in queue["dead_letters"]]
+    table("Dead letters", ("task", "ended", "title"), dead)
+    if dead:
+        console.print("[dim]Try one once more with[/] ca task retry TASK")
 
 
 def show_diff(diff: dict[str, Any]) -> None:
@@ -202,6 +288,13 @@ def _changes(artifacts: dict[str, Any]) -> str:
 
 def _short(task: dict[str, Any]) -> str:
     return task["task_id"].partition("_")[2][:8]
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def _safe(text: str) -> str:

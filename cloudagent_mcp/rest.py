@@ -17,6 +17,7 @@ from cloudagent_mcp.operations import Caller, Operation
 from cloudagent_storage.errors import (
     CloudAgentError,
     CredentialMissing,
+    Forbidden,
     Internal,
     InvalidInput,
     InvalidJson,
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 BODY_MAX = 4 * 1024 * 1024
 STATUS: tuple[tuple[type[CloudAgentError], int], ...] = (
     (Unauthorized, 401),
+    (Forbidden, 403),
     (NotFound, 404),
     (NotNow, 409),
     (CredentialMissing, 422),

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from cloudagent_mcp import __version__
+from cloudagent_mcp.api_keys import ApiKeyCheck
 from cloudagent_mcp.app import App
 from cloudagent_mcp.auth import Guard, allowed_hosts
 from cloudagent_mcp.operations import Caller
@@ -41,7 +42,7 @@ def mcp_server(app: App, *, remote: bool) -> MCPServer[Any]:
         if not remote:
             return app.local_caller()
         request: Request = context.request_context.request  # pyright: ignore[reportAssignmentType]
-        return app.remote_caller(request.state.account_id)
+        return app.remote_caller(request.state.account_id, operator=request.state.operator)
 
     return MCPServer(
         "cloudagent",
@@ -54,10 +55,11 @@ def mcp_server(app: App, *, remote: bool) -> MCPServer[Any]:
 
 
 def http_app(app: App, *, key: str, host: str, port: int) -> Starlette:
-    """The ASGI application: `/mcp`, `/api/v1`, `/health`. Every route but `/health` wants the key."""
+    """The ASGI application: `/mcp`, `/api/v1`, `/health`. Every route but `/health` wants a key."""
     hosts = allowed_hosts(app.settings, host=host, port=port)
     schemes = [f"{scheme}://{name}" for name in hosts for scheme in ("http", "https")]
     server = mcp_server(app, remote=True)
+    api_keys = ApiKeyCheck(lambda: app.store, lambda: app.settings.keyring)
     mcp_app = server.streamable_http_app(
         streamable_http_path="/mcp",
         stateless_http=True,
@@ -68,7 +70,7 @@ def http_app(app: App, *, key: str, host: str, port: int) -> Starlette:
     )
 
     def caller(request: Request) -> Caller:
-        return app.remote_caller(request.state.account_id)
+        return app.remote_caller(request.state.account_id, operator=request.state.operator)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -91,7 +93,7 @@ def http_app(app: App, *, key: str, host: str, port: int) -> Starlette:
             Mount("/api/v1", routes=make_routes(app.operations.values(), caller, app.tasks.bundle)),
             Mount("/", app=mcp_app),
         ],
-        middleware=[Middleware(Guard, key=key, hosts=hosts)],
+        middleware=[Middleware(Guard, key=key, hosts=hosts, api_keys=api_keys)],
         exception_handlers={404: unknown},
         lifespan=lifespan,
     )

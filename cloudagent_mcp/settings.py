@@ -33,6 +33,10 @@ class Settings(BaseModel):
     admin_api_key: SecretStr | None = None
     encryption_key: SecretStr | None = None
     """Seals credentials at rest; separated by commas, newest first. A key file in the data folder where it is unset."""
+    system_anthropic_api_key: SecretStr | None = None
+    """For the tasks of all accounts that bring no credential for the model."""
+    system_github_token: SecretStr | None = None
+    """For the tasks of all accounts that bring no token for GitHub."""
     public_url: str | None = None
     """Where people reach a server that is bound beyond loopback."""
     worker_concurrency: int = Field(default=10, ge=1, le=1000)
@@ -96,8 +100,18 @@ class Settings(BaseModel):
 
     @property
     def worker_environment(self) -> dict[str, str]:
-        """What the embedded worker's process is given: the operator's settings, and no client's credentials."""
-        own = [name.upper() for name in type(self).model_fields if name not in ("environment", "admin_api_key")]
+        """What the embedded worker's process is given: the operator's settings, and no credentials of anybody's.
+
+        Those that a task may use were sealed with it.
+        """
+        others = {
+            "environment",
+            "admin_api_key",
+            "cloudagent_api_key",
+            "system_anthropic_api_key",
+            "system_github_token",
+        }
+        own = [name.upper() for name in type(self).model_fields if name not in others]
         return {**self.git_environment, **self.pick(own), "CLOUDAGENT_HOME": str(self.cloudagent_home.absolute())}
 
     def make_home(self) -> None:

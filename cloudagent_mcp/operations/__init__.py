@@ -37,6 +37,8 @@ class Caller:
     account_id: str = LOCAL_ACCOUNT
     local: bool = False
     """On this machine, as its user: folders may be named, and results written."""
+    operator: bool = False
+    """May see to the installation: its user on this machine, or whoever holds the server's own key."""
     folder: Path | None = None
     """Where a local caller works."""
     environment: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -16,7 +15,9 @@ from pydantic import Field
 
 from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Caller, operation
+from cloudagent_mcp.operations.credentials import Credentials, secret
 from cloudagent_mcp.operations.diffs import Diff, parse_diff
+from cloudagent_mcp.operations.waiting import wait_for
 from cloudagent_queue import repository
 from cloudagent_queue.agents import open_agent
 from cloudagent_storage.errors import (
@@ -36,11 +37,14 @@ from cloudagent_storage.records import (
     Idempotency,
     Level,
     LogPage,
+    Place,
+    Priority,
     Record,
     Task,
     TaskPage,
     TaskSpec,
     TaskStatus,
+    bound_for_git,
     new_id,
 )
 
@@ -54,9 +58,6 @@ T = TypeVar("T")
 PROMPT_MAX = 100_000
 WAIT_MAX_S = 50
 """Clients give up on a silent call after about a minute."""
-POLL_S = 0.1
-POLL_SLOWEST_S = 0.5
-PROGRESS_EVERY_S = 2.0
 
 TaskId = Annotated[str, Field(description="The task's id, task_…", max_length=200)]
 Limit = Annotated[int, Field(ge=1, le=100)]
@@ -73,6 +74,8 @@ class TaskDetail(Task):
     """A task with the last lines of its log."""
 
     log: tuple[str, ...] = ()
+    queue: Place | None = None
+    """Where it stands in the queue, while it is in it."""
 
 
 class TaskList(Record):
@@ -114,6 +117,8 @@ class Tasks:
         *,
         providers: Sequence[str],
         state_folder: Path,
+        credentials: Credentials,
+        running_max: int | None,
         ring: Callable[[str], None],
     ) -> None:
         """`store` and `keyring` are opened when they are first needed.
@@ -124,6 +129,8 @@ class Tasks:
         self._keyring = keyring
         self._providers = providers
         self._state_folder = state_folder
+        self._credentials = credentials
+        self._running_max = running_max
         self._ring = ring
 
     @property
@@ -168,10 +175,16 @@ class Tasks:
         max_budget_usd: Annotated[float | None, Field(gt=0, le=10_000, description="What it may spend.")] = None,
         provider: Annotated[str | None, Field(max_length=100, description="Where its sandbox comes from.")] = None,
         tags: Annotated[list[str], Field(max_length=20, description="Words to find it by.")] = [],  # noqa: B006
+        priority: Annotated[
+            Literal["low", "normal", "high"],
+            Field(description="Before which of your other tasks it starts; one that waits long is not overtaken."),
+        ] = "normal",
         idempotency_key: Annotated[
             str | None,
             Field(min_length=1, max_length=255, description="Repeat the call with the same key: still one task."),
         ] = None,
+        anthropic_api_key: Annotated[str | None, secret("This task's own key for the model; never echoed.")] = None,
+        github_token: Annotated[str | None, secret("Fetches from github.com; never echoed.")] = None,
     ) -> Submitted:
         """Hand a coding task to a remote agent that works alone in a sandbox on a copy of a repository.
         Answers at once with a task_id; the task goes on whatever becomes of this call. Then wait with get_task.
@@ -187,10 +200,11 @@ class Tasks:
         if provider is not None and provider not in self._providers:
             raise UnknownProvider(remedy=f"Choose one of: {', '.join(self._providers)}.")
         agent = open_agent("claude")
-        environment = {name: caller.environment[name] for name in agent.environment if caller.environment.get(name)}
-        agent.check_credential(environment)
+        environment = self._credentials.for_agent(caller, agent, anthropic_api_key)
+        tokens = self._credentials.for_git(caller, github_token)
         idempotency = None
         if idempotency_key is not None:
+            # Without the credentials: the same submit may be repeated with fresh ones.
             asked = [prompt, repository, base_ref, title, model, verify, setup, timeout_minutes, max_turns]
             asked += [max_budget_usd, provider, tags]
             digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -213,6 +227,7 @@ class Tasks:
             max_budget_usd=max_budget_usd,
             provider=provider or self._providers[0],
             tags=tuple(tags),
+            priority=Priority(priority),
         )
         task = self._store.tasks.add(
             caller.account_id,
@@ -220,6 +235,7 @@ class Tasks:
             task_id=task_id,
             base_sha=source.base_sha,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
+            git_credentials=self._sealed_for_git(task_id, tokens),
             blobs={"input": source.bundle} if source.bundle is not None else {},
             lines=[EventDraft(kind="status", message="Queued."), *source.warnings],
             idempotency=idempotency,
@@ -244,13 +260,18 @@ class Tasks:
         task = await self._in_thread(self._store.tasks.get, caller.account_id, task_id)
         if wait_seconds and not task.status.terminal:
             before = task.status
-            await self._wait(caller, [task_id], lambda tasks: tasks[0].status is not before, wait_seconds)
+            await wait_for(
+                self._open_store, caller, [task_id], lambda tasks: tasks[0].status is not before, wait_seconds
+            )
             task = await self._in_thread(self._store.tasks.get, caller.account_id, task_id)
         lines: tuple[str, ...] = ()
         if log_lines:
             page = await self._in_thread(self._store.events.tail, caller.account_id, task_id, log_lines)
             lines = tuple(f"{line.kind}: {' '.join(line.message.split())[:300]}" for line in page.lines)
-        return TaskDetail.model_validate({**dict(advise(task)), "log": lines})
+        place = None
+        if task.status is TaskStatus.QUEUED:
+            place = await self._in_thread(self._place_of, caller.account_id, task_id)
+        return TaskDetail.model_validate({**dict(advise(task)), "log": lines, "queue": place})
 
     @operation("POST", "/tasks/wait", title="Wait for tasks", read_only=True, idempotent=True)
     async def wait_tasks(
@@ -263,10 +284,12 @@ class Tasks:
     ) -> TaskList:
         """Wait until any or all of several tasks have ended, or time is up; call again while `finished` is false."""
         enough = any if mode == "any" else all
-        tasks = await self._wait(
-            caller, task_ids, lambda found: enough(task.status.terminal for task in found), timeout_seconds
-        )
-        return TaskList(tasks=tuple(map(advise, tasks)), finished=enough(task.status.terminal for task in tasks))
+
+        def finished(found: list[Task]) -> bool:
+            return enough(task.status.terminal for task in found)
+
+        tasks = await wait_for(self._open_store, caller, task_ids, finished, timeout_seconds)
+        return TaskList(tasks=tuple(map(advise, tasks)), finished=finished(tasks))
 
     @operation("GET", "/tasks", title="List tasks", read_only=True, idempotent=True)
     def list_tasks(
@@ -297,6 +320,34 @@ class Tasks:
         """Stop a task. What the agent did until then is saved; cancelling twice, or after the end, changes nothing."""
         task, changed = self._store.tasks.request_cancel(caller.account_id, task_id)
         return Cancelled.model_validate({**dict(advise(task)), "changed": changed})
+
+    @operation("POST", "/tasks/{task_id}/retry", title="Try a task again", open_world=True, status=202)
+    def retry_task(self, caller: Caller, *, task_id: TaskId) -> Task:
+        """Try a task that has ended once more: a new task with the same prompt, files and limits, linked to it.
+
+        Raises `NotReady` while it has not ended, and what submit_task raises.
+        """
+        earlier = self._store.tasks.get(caller.account_id, task_id)
+        if not earlier.status.terminal:
+            raise NotReady()
+        spec = self._store.tasks.spec(caller.account_id, task_id)
+        bundle = self._store.blobs.get(caller.account_id, task_id, "input")
+        environment = self._credentials.for_agent(caller, open_agent(spec.agent), None)
+        again = new_id("task")
+        task = self._store.tasks.add(
+            caller.account_id,
+            spec,
+            task_id=again,
+            # Of a remote repository it is fetched anew, unless it was fetched before.
+            base_sha=earlier.base_sha if bundle is not None else None,
+            credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=again),
+            git_credentials=self._sealed_for_git(again, self._credentials.for_git(caller, None)),
+            blobs={"input": bundle} if bundle is not None else {},
+            lines=[EventDraft(kind="status", message=f"Queued, to try {task_id} once more.")],
+            retry_of=task_id,
+        )
+        self._ring(task.task_id)
+        return advise(task)
 
     @operation("GET", "/tasks/{task_id}/logs", title="Read a task's log", read_only=True, idempotent=True)
     def get_task_logs(
@@ -402,7 +453,15 @@ class Tasks:
             return self._result_of(caller, task)
         return self._store.blobs.get(caller.account_id, task_id, "input")
 
+    def _place_of(self, account_id: str, task_id: str) -> Place | None:
+        return self._store.backlog.place_of(account_id, task_id, running_max=self._running_max)
+
     # -- shared ---------------------------------------------------------------------------------------------------
+
+    def _sealed_for_git(self, task_id: str, tokens: dict[str, str]) -> bytes | None:
+        if not tokens:
+            return None
+        return self._keyring().seal(json.dumps(tokens).encode(), bound_to=bound_for_git(task_id))
 
     def _result_of(self, caller: Caller, task: Task) -> bytes:
         bundle = self._store.blobs.get(caller.account_id, task.task_id, "result")
@@ -429,34 +488,9 @@ class Tasks:
             command=f"ca task apply {task.task_id}",
         )
 
-    async def _wait(
-        self, caller: Caller, task_ids: Sequence[str], enough: Callable[[list[Task]], bool], timeout_s: float
-    ) -> list[Task]:
-        """Look again until it is enough or the time is up. Between two looks it holds no thread and no connection."""
-
-        def look() -> list[Task]:
-            return [self._store.tasks.get(caller.account_id, task_id) for task_id in task_ids]
-
-        started = time.monotonic()
-        told, pause = started, POLL_S
-        while True:
-            tasks = await self._in_thread(look)
-            now = time.monotonic()
-            if enough(tasks) or now - started >= timeout_s:
-                return tasks
-            if caller.progress is not None and now - told >= PROGRESS_EVERY_S:
-                told = now
-                await caller.progress(now - started, timeout_s, "; ".join(_progress(task) for task in tasks[:5]))
-            await anyio.sleep(min(pause, timeout_s - (now - started)))
-            pause = min(pause * 1.2, POLL_SLOWEST_S)
-
     @staticmethod
     def _in_thread(function: Callable[..., T], *arguments: object) -> Awaitable[T]:
         return anyio.to_thread.run_sync(lambda: function(*arguments))
-
-
-def _progress(task: Task) -> str:
-    return f"{task.title[:60]}: {task.status}" + (f", {task.phase}" if task.phase else "")
 
 
 def advise(task: Task) -> Task:

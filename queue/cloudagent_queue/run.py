@@ -40,6 +40,7 @@ from cloudagent_storage.records import (
     Usage,
     Verdict,
     VerifyResult,
+    bound_for_git,
     new_id,
 )
 from cloudagent_storage.secrets import Keyring
@@ -167,7 +168,11 @@ class Attempt:
         self.agent = open_agent(self.spec.agent)
         sealed = claim.credentials
         self.env: dict[str, str] = json.loads(worker.keyring.open(sealed, bound_to=self.task_id)) if sealed else {}
-        self.redactor = Redactor(self.agent.secrets(self.env))
+        sealed = claim.git_credentials
+        self.git_tokens: dict[str, str] = (
+            json.loads(worker.keyring.open(sealed, bound_to=bound_for_git(self.task_id))) if sealed else {}
+        )
+        self.redactor = Redactor([*self.agent.secrets(self.env), *self.git_tokens.values()])
         self.sandbox: Sandbox | None = None
         self.reader: LogReader | None = None
         self.agent_has_run = False
@@ -260,6 +265,8 @@ class Attempt:
                     cache_folder=self.worker.cache_folder,
                     env=self.worker.git_environment,
                     timeout_s=self.timers.fetch_s,
+                    tokens=self.git_tokens,
+                    account_id=self.claim.account_id,
                     give_up=give_up,
                 )
             self.blobs.put(self.task_id, "input", bundle, attempt=self.claim.attempt)

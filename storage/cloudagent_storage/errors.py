@@ -10,12 +10,12 @@
       - RepositoryNotAllowed, RepositoryNotFound, RepositoryUnreachable, RepositoryEmpty, CredentialsInUrl
       - InvalidRef, RefNotFound, RepositoryTooLarge
   x NotFound
-    + TaskNotFound, AmbiguousId, NoRoute
+    + TaskNotFound, KeyNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
     + NotReady, NoChanges, AlreadyApplied, NothingToUndo, Busy
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
   x CredentialMissing
-  x Unauthorized, ForbiddenHost
+  x Unauthorized, Forbidden, ForbiddenHost
   x Unavailable                 something we depend on does not answer
     + DatabaseUnavailable, QueueUnavailable, ServerUnreachable, GitMissing, PortTaken
     + SandboxUnavailable        no sandbox can be made at all
@@ -225,6 +225,14 @@ class TaskNotFound(NotFound):
     field = "task_id"
 
 
+class KeyNotFound(NotFound):
+    """There is no API key with that id."""
+
+    code = "key_not_found"
+    remedy = "List the keys with `ca key list`."
+    field = "key"
+
+
 class AmbiguousId(NotFound):
     """Several tasks begin with that prefix."""
 
@@ -327,7 +335,17 @@ class Unauthorized(CloudAgentError):
     """The key is missing or not valid."""
 
     code = "unauthorized"
-    remedy = "Send `Authorization: Bearer KEY` with the key that `ca serve` printed at its first start."
+    remedy = (
+        "Send `Authorization: Bearer KEY`: a key of yours that `ca key create` printed, "
+        "or the server's own, which `ca serve` printed at its first start."
+    )
+
+
+class Forbidden(CloudAgentError):
+    """That is for whoever operates the server."""
+
+    code = "forbidden"
+    remedy = "Ask the operator, who has the server's ADMIN_API_KEY."
 
 
 class ForbiddenHost(CloudAgentError):

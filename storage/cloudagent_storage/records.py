@@ -33,6 +33,11 @@ def branch_name(task_id: str) -> str:
     return f"task/{short_id(task_id)}"
 
 
+def bound_for_git(task_id: str) -> str:
+    """What a task's git credentials are sealed for: they do not open in the place of those that its agent gets."""
+    return f"{task_id} git"
+
+
 class Record(BaseModel):
     """A frozen value."""
 
@@ -318,6 +323,8 @@ class Claim(Record):
     """How long earlier attempts have had an agent running; it counts toward the time limit."""
     credentials: bytes | None
     """The task's sealed credentials (see secrets.py)."""
+    git_credentials: bytes | None = None
+    """The same, for git alone: the agent never sees them."""
     cancel_requested: bool
 
 
@@ -388,3 +395,18 @@ class Account(Record):
 
     account_id: str
     created_at: datetime
+
+
+class ApiKey(Record):
+    """A key with which an account comes in over HTTP. The token itself was shown once, and is nowhere kept."""
+
+    key_id: str
+    account_id: str
+    name: str
+    hint: str
+    """The token's last four characters, to tell keys apart by."""
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+    """Within a minute."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import hmac
 import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cloudagent_storage.errors import Internal
 
@@ -40,6 +43,7 @@ class Keyring:
             raise _bad_key()
         self._sealing = _key_id(decoded[0])
         self._ciphers = {_key_id(key): AESGCM(key) for key in reversed(decoded)}
+        self._hashing = [_derived(key, "cloudagent keyed hash") for key in decoded]
 
     @classmethod
     def from_file(cls, path: Path) -> Keyring:
@@ -80,6 +84,15 @@ class Keyring:
                 "A stored secret was altered, or moved to where it does not belong.",
                 remedy="Submit the task again; find out who else can write to the database.",
             ) from None
+
+    def digests(self, text: str) -> Sequence[str]:
+        """Hashes of a text that nobody can make without the keys: one for each key, the newest first."""
+        return [hmac.new(key, text.encode(), "sha256").hexdigest() for key in self._hashing]
+
+
+def _derived(key: bytes, purpose: str) -> bytes:
+    """A key of its own for another purpose: what is learned of the one says nothing of the other."""
+    return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=purpose.encode()).derive(key)
 
 
 def _decode(key: bytes | str) -> bytes:

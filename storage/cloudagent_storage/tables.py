@@ -117,6 +117,8 @@ class TaskRow(Model):
     question = Text(null=True)
     credentials = BlobField(null=True)
     """Sealed; gone when the task has ended."""
+    git_credentials = BlobField(null=True)
+    """The same, for git alone: the agent never sees them."""
     attempt = IntegerField(default=0)
     owner = Text(null=True)
     lease_until = Utc(null=True)
@@ -199,6 +201,19 @@ class WorkerRow(Model):
     swept_at = Utc(null=True)
 
 
+class ApiKeyRow(Model):
+    key_id = CharField(40, primary_key=True)
+    account_id = CharField(64)
+    name = Text()
+    digest = CharField(64, unique=True)
+    """A keyed hash of the token."""
+    hint = CharField(4)
+    created_at = Utc()
+    expires_at = Utc(null=True)
+    revoked_at = Utc(null=True)
+    last_used_at = Utc(null=True)
+
+
 M = TypeVar("M", bound=Model)
 
 
@@ -218,7 +233,9 @@ class Tables:
         self.blobs = bound(BlobRow, "blobs")
         self.messages = bound(MessageRow, "messages")
         self.workers = bound(WorkerRow, "workers")
+        self.api_keys = bound(ApiKeyRow, "api_keys")
 
     @property
     def all(self) -> tuple[type[Model], ...]:
-        return (self.accounts, self.tasks, self.events, self.blobs, self.messages, self.workers)
+        bases = (self.accounts, self.tasks, self.events, self.blobs, self.messages)
+        return (*bases, self.workers, self.api_keys)

@@ -128,6 +128,47 @@ def test_doctor_has_a_line_a_check_and_a_remedy_for_what_fails(world: World) -> 
     assert bare.returncode == 1 and "FAIL credential" in bare.stdout and "claude setup-token" in bare.stdout
 
 
+def test_a_key_is_made_listed_and_revoked_and_its_token_is_shown_once(world: World) -> None:
+    made = ca(world, "key", "create", "Ada's laptop", "--account", "team-a", "--expires-days", "30")
+    token = made.stdout.strip()
+    assert made.returncode == 0 and token.startswith("cag_") and token not in made.stderr
+    listed = ca(world, "key", "list")
+    columns = listed.stdout.rstrip("\n").split("\t")
+    assert columns[0] == f"key_{token.split('_')[1]}" and columns[0] in made.stderr
+    assert (columns[1], columns[2], columns[5]) == ("team-a", token[-4:], "Ada's laptop")
+    assert columns[3].startswith("until 20") and token.rpartition("_")[2] not in listed.stdout
+    as_json = json.loads(ca(world, "key", "create", "ci", "--json").stdout)
+    assert as_json["account_id"] == "local" and as_json["expires_at"] is None
+    assert as_json["token"].endswith(as_json["hint"]) and "digest" not in as_json
+    assert ca(world, "key", "revoke", columns[0][:10]).returncode == 0
+    keys = {key["name"]: key for key in json.loads(ca(world, "key", "list", "--json").stdout)["keys"]}
+    assert keys["Ada's laptop"]["revoked_at"] and not keys["ci"]["revoked_at"]
+    assert not any({"token", "digest"} & set(key) for key in keys.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["create", "x", "--account", "Team A"], "(invalid_input)"),
+        (["create", ""], "(out_of_range)"),
+        (["create", "x", "--expires-days", "0"], "--expires-days"),
+        (["revoke", "key_zzzzzzzz"], "(key_not_found)"),
+    ],
+)
+def test_what_is_wrong_with_a_key_is_told(world: World, words: list[str], said: str) -> None:
+    done = ca(world, "key", *words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_keys_are_not_managed_from_afar(world: World) -> None:
+    world.environment["CLOUDAGENT_URL"] = "https://agents.example.com"
+    for words in (["create", "x"], ["list"], ["revoke", "key_aaaaaaaa"]):
+        done = ca(world, "key", *words)
+        assert done.returncode == 2 and "where the server runs" in done.stderr
+    assert not (world.home / "cloudagent.db").exists()
+    assert ca(world, "key", "generate").returncode == 0
+
+
 def test_a_server_beyond_loopback_does_not_start_without_keys(world: World) -> None:
     done = ca(world, "serve", "--host", "0.0.0.0", "--port", "0")
     assert done.returncode == 2 and "ADMIN_API_KEY" in done.stderr

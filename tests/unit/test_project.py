@@ -12,6 +12,7 @@ import pytest
 
 from cloudagent_mcp.cli import ca
 from cloudagent_mcp.operations import marks_of
+from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
@@ -40,7 +41,7 @@ def test_every_variable_of_the_example_is_a_setting_or_the_agents() -> None:
 
 
 def test_every_operation_and_its_route_are_in_the_readme() -> None:
-    for name, marked in marks_of(Tasks).items():
+    for name, marked in marks_of(Tasks, Backlog).items():
         assert f"`{name}`" in README
         assert f"`{marked.method} /api/v1{marked.path}`" in README
 

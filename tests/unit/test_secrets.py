@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,3 +129,18 @@ def test_a_key_file_that_is_no_use_is_told_and_left_alone(tmp_path: Path) -> Non
         assert file.read_bytes() == content
     with pytest.raises(Internal):
         Keyring.from_file(tmp_path / "missing" / "encryption.key")
+
+
+def test_a_keyed_hash_is_one_for_each_key_the_newest_first() -> None:
+    old, new = generate_key(), generate_key()
+    before, both = Keyring([old]).digests("text"), Keyring([new, old]).digests("text")
+    assert [*Keyring([new]).digests("text"), *before] == list(both)
+    assert len(set(both)) == 2 and len(before) == 1
+    assert before != Keyring([old]).digests("other text")
+
+
+def test_a_keyed_hash_is_not_made_with_the_key_that_seals() -> None:
+    key = generate_key()
+    raw = base64.urlsafe_b64decode(key)
+    (digest,) = Keyring([key]).digests("text")
+    assert digest not in (hmac.new(raw, b"text", "sha256").hexdigest(), hashlib.sha256(b"text").hexdigest())

@@ -12,7 +12,7 @@ from tests.support.worlds import World
 SNAPSHOTS = Path(__file__).parent.parent / "snapshots"
 NAMES = {
     "submit_task", "get_task", "wait_tasks", "list_tasks", "cancel_task", "get_task_logs", "get_task_diff",
-    "apply_task",
+    "apply_task", "retry_task", "get_queue",
 }  # fmt: skip
 
 

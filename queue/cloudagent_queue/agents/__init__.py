@@ -28,6 +28,10 @@ class Agent(Protocol):
         """Raises `CredentialMissing` when nothing in `env` lets the agent reach a model."""
         ...
 
+    def with_key(self, env: Mapping[str, str], key: str) -> dict[str, str]:
+        """What of `env` is no credential, and this key for the model."""
+        ...
+
     def secrets(self, env: Mapping[str, str]) -> Sequence[str]:
         """The values in `env` that must never be seen in a log."""
         ...

@@ -94,6 +94,15 @@ class Claude:
         if not any(env.get(name, "").strip() not in ("", "0", "false") for name in CREDENTIALS):
             raise CredentialMissing
 
+    def with_key(self, env: Mapping[str, str], key: str) -> dict[str, str]:
+        """What of `env` is no credential, and this key for Anthropic's API, or what `env` names in its place."""
+        kept = {
+            name: value
+            for name, value in env.items()
+            if name not in CREDENTIALS and name != "ANTHROPIC_CUSTOM_HEADERS" and not _SECRET.search(name)
+        }
+        return {**kept, "ANTHROPIC_API_KEY": key}
+
     def secrets(self, env: Mapping[str, str]) -> Sequence[str]:
         """The values in `env` that must never be seen in a log; those too short to be told from words are left out."""
         found = {value for name, value in env.items() if _SECRET.search(name)}

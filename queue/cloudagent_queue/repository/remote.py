@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ from cloudagent_storage.errors import (
     RepositoryTooLarge,
     RepositoryUnreachable,
 )
+from cloudagent_storage.records import LOCAL_ACCOUNT
 
 ANSWER_WITHIN_S = 20.0
 """How long a server may take to list its refs."""
@@ -44,6 +46,7 @@ _REASONS: Sequence[tuple[str, str]] = (
         "Access was denied; a private repository looks the same as one that does not exist.",
     ),
     (r"not found|does not exist|not appear to be a git|error: 404|error: 410", "It was not found there."),
+    (r"error: 30[12378]", "It has moved; pass its new address."),
     (r"refused|timed out|unreachable|failed to connect|reset by peer|too slow|no route", "Its host does not answer."),
 )
 
@@ -55,19 +58,26 @@ def fetch_remote(
     cache_folder: Path,
     env: Mapping[str, str],
     timeout_s: float,
-    token: str | None = None,
+    tokens: Mapping[str, str] = MappingProxyType({}),
+    account_id: str = LOCAL_ACCOUNT,
     protocols: Sequence[str] = ("https", "ssh"),
     give_up: threading.Event | None = None,
 ) -> tuple[bytes, str]:
     """The bundle of a branch, tag or commit with its whole history, and the commit's id.
 
-    `env` is what git may know of its user: HOME and SSH_AUTH_SOCK lead to credential helpers and keys. A `token` is
-    sent to an https address only. Setting `give_up` ends it early, as unreachable. Raises `RepositoryUnreachable` with
-    the reason, `RepositoryEmpty`, `RepositoryNotAllowed`, `RefNotFound` with the nearest names, `RepositoryTooLarge`.
+    `env` is what git may know of its user: HOME and SSH_AUTH_SOCK lead to credential helpers and keys. `tokens` are by
+    host: one is sent to its very host only, over https, and then nothing of `env` is tried in its place; what it brings
+    is cached for this account alone. Setting `give_up` ends it early, as unreachable.
+
+    Raises `RepositoryUnreachable` with the reason, `RepositoryEmpty`, `RepositoryNotAllowed`, `RefNotFound` with the
+    nearest names, `RepositoryTooLarge`.
     """
     deadline = time.monotonic() + timeout_s
     cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = cache_folder / f"{hashlib.sha256(address.encode()).hexdigest()}.git"
+    url = urlsplit(address)
+    token = tokens.get(url.netloc.lower()) if url.scheme == "https" else None
+    name = address if token is None else f"{account_id} {address}"
+    folder = cache_folder / f"{hashlib.sha256(name.encode()).hexdigest()}.git"
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=timeout_s):
             cache = _Cache(folder, address, env, deadline, protocols, token, give_up)
@@ -113,10 +123,13 @@ class _Cache:
         self._protocols = protocols
         self._settings = [("fetch.fsckObjects", "true"), ("http.lowSpeedLimit", "1000"), ("http.lowSpeedTime", "20")]
         self._settings += [(f"fetch.fsck.{flaw}", "ignore") for flaw in _HARMLESS_FLAWS]
-        if token is not None and address.startswith("https://"):
-            url = urlsplit(address)
+        if token is not None:
+            host = f"http.https://{urlsplit(address).netloc}/"
             basic = base64.b64encode(f"x-access-token:{token}".encode()).decode()
-            self._settings.append((f"http.https://{url.netloc}/.extraHeader", f"Authorization: Basic {basic}"))
+            # The empty values take away what the worker's own configuration has for this host. git would send the
+            # header on to wherever it is redirected.
+            self._settings += [(f"{host}.extraHeader", ""), (f"{host}.extraHeader", f"Authorization: Basic {basic}")]
+            self._settings += [(f"{host}.followRedirects", "false"), ("credential.helper", "")]
 
     def bundle(self, base_ref: str | None) -> tuple[bytes, str]:
         if not self._folder.is_dir():

@@ -113,8 +113,11 @@ class Provider(Protocol):
     name: str
     session_cap_s: float | None
     """The longest life of one sandbox, or None."""
-    place: str | None
-    """Where its sandboxes are, if only the workers there reach them; None when any worker does."""
+
+    @property
+    def place(self) -> str | None:
+        """Where its sandboxes are, if only the workers there reach them; None when any worker does."""
+        ...
 
     def create(self, *, metadata: Mapping[str, str]) -> Sandbox:
         """A new empty sandbox. Raises `SandboxUnavailable` with the remedy."""

@@ -8,6 +8,7 @@ from cloudagent_storage.store.blobs import MAX_BLOB_BYTES, Blobs
 from cloudagent_storage.store.changes import Changes as Feed
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.events import Events
+from cloudagent_storage.store.keys import Keys
 from cloudagent_storage.store.messages import Messages
 from cloudagent_storage.store.tasks import Changes, Tasks
 from cloudagent_storage.store.workers import Workers
@@ -32,6 +33,7 @@ class Store:
         self.backlog = Backlog(database)
         self.workers = Workers(database)
         self.changes = Feed(database)
+        self.keys = Keys(database)
 
     @classmethod
     def open(cls, url: str) -> Store:

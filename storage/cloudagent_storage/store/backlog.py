@@ -243,6 +243,7 @@ def claim_of(row: TaskRow) -> Claim:
         log_offset=row.log_offset,
         running_seconds=row.running_seconds,
         credentials=None if row.credentials is None else bytes(row.credentials),
+        git_credentials=None if row.git_credentials is None else bytes(row.git_credentials),
         cancel_requested=row.cancel_requested_at is not None,
     )
 

@@ -152,6 +152,7 @@ def ended(db: Database, status: TaskStatus, *, error: TaskError | None) -> dict[
         "owner": None,
         "lease_until": None,
         "credentials": None,
+        "git_credentials": None,
     }
 
 
