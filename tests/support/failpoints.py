@@ -12,6 +12,7 @@ import importlib
 import os
 import re
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -88,10 +89,22 @@ def _act(failpoint: Failpoint, marker: Path) -> None:
         case "exit":
             os._exit(70)
         case "freeze":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            _wait_for_the_other_threads()
+            # To this thread: sent to the process, it would reach another first, and this one would run on for a moment.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         case "raise":
             raise (getattr(errors, detail, None) or getattr(builtins, detail))()
         case "sleep":
             time.sleep(float(detail))
         case _:
             raise ValueError(f"no such action: {failpoint.action}")
+
+
+def _wait_for_the_other_threads() -> None:
+    """Until none of this process writes to a SQLite file: frozen there, it would stop all other processes too."""
+    for name in ("DATABASE_URL", "QUEUE_URL"):
+        if (url := os.environ[name]).startswith("sqlite:///"):
+            connection = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=10, isolation_level=None)
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+            connection.close()

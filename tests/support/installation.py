@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import psycopg2
 
 from cloudagent_mcp.client import LocalClient
 from cloudagent_mcp.settings import Settings
@@ -46,11 +49,26 @@ ROOT = Path(__file__).parents[2]
 ADMIN_KEY = "a key of the tests"
 
 
+def is_locked(file: Path) -> bool:
+    """Does another process write to this SQLite file just now?"""
+    connection = sqlite3.connect(file, timeout=0.2, isolation_level=None)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+        return False
+    except sqlite3.OperationalError:
+        return True
+    finally:
+        connection.close()
+
+
 class Process:
     """A process of the installation, in a process group of its own."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path, files: Sequence[Path]) -> None:
+        """`files` are SQLite's, shared with other processes."""
         self.name = name
+        self._files = files
         self.process = process
         self.pid = process.pid
         self._log = log
@@ -69,9 +87,19 @@ class Process:
         self.process.wait(20)
 
     def freeze(self) -> None:
-        """SIGSTOP to the whole process group, and wait until it stands still."""
-        self._signal(signal.SIGSTOP)
-        until(lambda: Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it is frozen")
+        """SIGSTOP to the whole process group, and wait until it stands still.
+
+        Not in the middle of a transaction on a SQLite file: there it would stop all others too, which is another fault.
+        """
+        while True:
+            self._signal(signal.SIGSTOP)
+            until(self.is_frozen, "it is frozen")
+            if not any(is_locked(file) for file in self._files):
+                return
+            self.thaw()
+
+    def is_frozen(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def thaw(self) -> None:
         """SIGCONT."""
@@ -192,7 +220,7 @@ class Installation:
                 stderr=output,
                 start_new_session=True,
             )
-        started = Process(name, process, log)
+        started = Process(name, process, log, self.sqlite_files())
         self.processes.append(started)
         return started
 
@@ -272,6 +300,10 @@ class Installation:
         """Submit from a process of its own, which prints an id a line; `tasks` are what `arguments` makes."""
         return self.start("submit", failpoints=failpoints, env=env, tasks=list(tasks))
 
+    def sqlite_files(self) -> list[Path]:
+        urls = (self.database_url, self.queue_url)
+        return [Path(url.removeprefix("sqlite:///")) for url in urls if url.startswith("sqlite:///")]
+
     def tasks(self) -> dict[str, Task]:
         """Every task in the database, accepted or not."""
         found: dict[str, Task] = {}
@@ -288,6 +320,20 @@ class Installation:
     def attempts(self, task_id: str) -> int:
         """How often it was claimed."""
         return self.task(task_id).attempt
+
+    def column(self, task_id: str, name: str) -> Any:
+        """A column of its row that no record shows, such as `lost_leases`."""
+        sql = f"SELECT {name} FROM tasks WHERE task_id = '{task_id}'"
+        if self.database_url.startswith("sqlite:///"):
+            connection: Any = sqlite3.connect(self.database_url.removeprefix("sqlite:///"))
+        else:
+            connection = psycopg2.connect(self.database_url)
+        try:
+            cursor = connection.cursor()
+            cursor.execute(sql)
+            return cursor.fetchone()[0]
+        finally:
+            connection.close()
 
     def log(self, task_id: str) -> list[str]:
         """The messages of its whole log."""
