@@ -1,4 +1,4 @@
-"""What a worker does about a lease and about the sandboxes of those before it, one process and no agent."""
+"""What a worker does about leases, lost messages and the sandboxes of those before it: one process and no agent."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import pytest
 from cloudagent_queue.lease import Lease, Timers
 from cloudagent_queue.run import Worker, run_task
 from cloudagent_queue.sandboxes import Provider, open_provider
+from cloudagent_queue.sweep import ring_again
+from cloudagent_queue.task_queue import TaskQueue
 from cloudagent_storage.errors import LeaseLost
 from cloudagent_storage.records import LOCAL_ACCOUNT, Phase, TaskSpec, TaskStatus
 from cloudagent_storage.secrets import Keyring, generate_key
 from cloudagent_storage.store import Store
-from tests.support.stored import claimed
+from tests.support.stored import EXPIRED, claimed, queued
 from tests.support.worlds import FAST, until
 
 
@@ -42,7 +44,7 @@ def test_a_lease_that_cannot_be_renewed_is_let_go_of_before_it_ends(local_store:
     timers = Timers(lease_s=60, heartbeat_s=50, let_go_s=0.3, signals_s=0.05)
     with Lease(local_store, claimed(local_store), timers) as lease:
         lease.check()
-        until(lambda: is_lost(lease), "it lets go", 10)
+        until(lambda: is_lost(lease), "it lets go", 5)
         assert local_store.tasks.due(waited_s=-1) == []  # nobody else may have the task yet
 
 
@@ -55,6 +57,27 @@ def test_a_heartbeat_keeps_a_lease_for_as_long_as_it_is_wanted(local_store: Stor
             assert local_store.tasks.claim(claim.task.task_id, worker="other", lease_s=60) is None
             lease.check()
             time.sleep(0.05)
+
+
+def test_what_nobody_has_rung_for_is_put_into_the_queue(local_store: Store, tmp_path: Path) -> None:
+    queue = TaskQueue(f"sqlite:///{tmp_path / 'queue.db'}")
+    waiting = [queued(local_store), claimed(local_store, lease_s=EXPIRED).task.task_id]
+    claimed(local_store)
+    assert ring_again(local_store, queue, FAST) == len(waiting)
+    came: list[str] = []
+    stopping = threading.Event()
+
+    def run(task_id: str) -> None:
+        came.append(task_id)
+        if len(came) == len(waiting):
+            stopping.set()
+
+    giving_up = threading.Timer(5, stopping.set)
+    giving_up.start()
+    queue.consume(run, concurrency=1, stopping=stopping, grace_s=5)
+    giving_up.cancel()
+    queue.close()
+    assert came == waiting
 
 
 def left_by_nonce(store: Store, provider: Provider, task_id: str) -> None:

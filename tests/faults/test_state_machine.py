@@ -52,8 +52,9 @@ def throw(url: str, sequences: int, request: pytest.FixtureRequest, *, part: int
         store.close()
 
 
+@pytest.mark.timeout(400)
 def test_no_order_of_events_breaks_a_promise(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    throw(f"sqlite:///{tmp_path / 'store.db'}", 300, request)
+    throw(f"sqlite:///{tmp_path / 'store.db'}", 250, request)
 
 
 @pytest.mark.full

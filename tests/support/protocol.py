@@ -277,14 +277,22 @@ class Protocol(RuleBasedStateMachine):
         self.store.tasks.rung(task.task_id)
         task.rung_at = self.now
 
+    def orphans(self) -> list[Box]:
+        """The sandboxes that the store says nobody owns; the model has to say the same."""
+        found: list[Box] = []
+        for box in self.boxes:
+            task = box.task
+            owned = self.store.tasks.owns_sandbox(task.task_id, box.box_id, box.nonce)
+            assert owned == (not task.ended and (task.sandbox_id == box.box_id or task.nonce == box.nonce))
+            assert owned or not any(hand.box is box and hand.holds for hand in self.all_hands), "somebody works in it"
+            if not owned:
+                found.append(box)
+        return found
+
     @rule()
     def sweep_sandboxes(self) -> None:
-        for box in list(self.boxes):
-            owned = self.store.tasks.owns_sandbox(box.task.task_id, box.box_id, box.nonce)
-            assert owned == (not box.task.ended and (box.task.sandbox_id == box.box_id or box.task.nonce == box.nonce))
-            if not owned:
-                assert not any(hand.box is box and hand.holds for hand in self.all_hands), "a worker was at work in it"
-                self.boxes.remove(box)
+        for box in self.orphans():
+            self.boxes.remove(box)
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -324,6 +332,16 @@ class Protocol(RuleBasedStateMachine):
         hand = self._claimed(task, *(at_once(*calls) if rivals > 1 else [calls[0]()]))
         return multiple() if hand is None else hand
 
+    @rule(target=hands, task=tasks_, times=st.integers(1, LOST_LEASES + 1))
+    def take_over(self, task: Modelled, times: int) -> Any:
+        """Claims of which each waits until the lease of the one before has run out."""
+        taken: list[Hand] = []
+        for _ in range(times):
+            self.time_passes(2)
+            if (hand := self._claimed(task, self._claim(task))) is not None:
+                taken.append(hand)
+        return multiple(*taken)
+
     @rule(task=tasks_)
     def a_claim_and_a_cancel_at_once(self, task: Modelled) -> None:
         if task.status is not QUEUED:
@@ -352,11 +370,13 @@ class Protocol(RuleBasedStateMachine):
     def die(self, hand: Hand) -> None:
         """Nothing is written: that is what makes it a death."""
 
-    @rule(hand=hands)
-    def work_on(self, hand: Hand) -> None:
-        """Take one more step of what a worker does about sandboxes."""
+    @rule(hand=hands, steps=st.integers(1, 6))
+    def work_on(self, hand: Hand, steps: int) -> None:
+        """Take the next steps of what a worker does about sandboxes."""
         assert hand.life is not None
-        next(hand.life, None)
+        for _ in range(steps):
+            next(hand.life, None)
+            self.orphans()
 
     def _life(self, hand: Hand) -> Generator[None]:
         task, claim = hand.task, hand.claim
