@@ -23,6 +23,7 @@ def offset_of(worker: Process) -> float:
     return int(worker.log().rpartition("it is ")[2].split()[0]) - time.time()
 
 
+@pytest.mark.full
 def test_a_workers_clock_jumps_an_hour_and_no_lease_ends_early_or_late(on_postgres: Installation) -> None:
     clock = JumpingClock(on_postgres.folder / "clock")
     jumping = on_postgres.start_worker(concurrency=2, env=clock.environment, hook=HOOK)

@@ -54,7 +54,6 @@ EACH_TIME = {
     ("sqlite", "keep after 1"),
     ("sqlite", "finish before 1"),
     ("sqlite", "discard before 1"),
-    ("postgres", "start after 1"),
     ("postgres", "finish before 1"),
 }
 """What every run throws; the rest is for `--full`."""
@@ -109,6 +108,7 @@ SUBMIT = {
 }
 
 
+@pytest.mark.full("postgres")
 @pytest.mark.parametrize("moment", SUBMIT)
 def test_a_submit_is_killed_and_its_task_is_there_as_a_whole_or_not_at_all(
     installation: Installation, moment: str

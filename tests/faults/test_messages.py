@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import sqlite3
 from typing import Any
 
+import pytest
 import redis
 
 from cloudagent_queue.task_queue import QUEUE_NAME, TASK_NAME, TaskQueue
 from cloudagent_storage.records import new_id
-from tests.support.installation import Installation
+from tests.support.installation import Installation, connect
 from tests.support.worlds import until
 
 NAME = f"cloudagent_queue.task_queue.{TASK_NAME}"
@@ -52,10 +52,8 @@ UNREADABLE = 10
 def put_raw(installation: Installation, data: bytes) -> None:
     """Put bytes into the queue as whoever can write to it may."""
     if installation.queue_url.startswith("sqlite:///"):
-        connection = sqlite3.connect(installation.queue_url.removeprefix("sqlite:///"), timeout=10)
-        with connection:
+        with connect(installation.queue_url) as connection:
             connection.execute("INSERT INTO task (queue, data, priority) VALUES (?, ?, 0)", (QUEUE_NAME, data))
-        connection.close()
     else:
         with redis.Redis.from_url(installation.queue_url) as client:  # pyright: ignore[reportUnknownMemberType]
             client.lpush(f"huey.redis.{QUEUE_NAME}", data)
@@ -86,6 +84,7 @@ def test_each_message_arrives_six_times_in_any_order_and_each_task_is_started_on
     assert [installation.attempts(task) for task in [ended, *tasks]] == [1] * 5
 
 
+@pytest.mark.full("postgres")
 def test_what_is_no_message_harms_no_worker_and_no_task(installation: Installation) -> None:
     worker = installation.start_worker(concurrency=2)
     queue = TaskQueue(installation.queue_url)
@@ -107,19 +106,3 @@ def test_what_is_no_message_harms_no_worker_and_no_task(installation: Installati
         installation.await_calls(each)
     installation.open_gate("go")
     installation.conclude()
-
-
-def test_messages_about_a_running_task_do_not_disturb_it_when_its_worker_is_the_only_one(
-    on_sqlite: Installation,
-) -> None:
-    queue = TaskQueue(on_sqlite.queue_url)
-    on_sqlite.start_worker(concurrency=2)
-    task = on_sqlite.submit(steps=4, faults={"gate": "go"})
-    on_sqlite.await_calls(task, 2)
-    for _ in range(20):
-        queue.put(task)
-    until(lambda: waiting(queue) == 0, "every message is taken")
-    queue.close()
-    on_sqlite.open_gate("go")
-    on_sqlite.conclude()
-    assert on_sqlite.attempts(task) == 1

@@ -34,6 +34,7 @@ def test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them(ins
     assert all("goes on in the same sandbox" in "".join(installation.log(task)) for task in tasks)
 
 
+@pytest.mark.full("postgres")
 def test_a_frozen_worker_that_wakes_after_its_lease_lets_go(installation: Installation) -> None:
     frozen = installation.start_worker()
     task = installation.submit(steps=6, faults={"gate": "go"})
@@ -62,6 +63,7 @@ ZOMBIES = {
 }
 
 
+@pytest.mark.full("end", "phase")
 @pytest.mark.parametrize("write", list(ZOMBIES))
 def test_what_a_frozen_worker_was_about_to_write_is_refused_when_it_wakes(
     installation: Installation, write: str
@@ -96,7 +98,8 @@ def test_a_worker_that_freezes_with_the_tasks_row_locked_holds_it_for_a_bounded_
     on_postgres.conclude()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.full("SIGINT")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on(
     installation: Installation, number: signal.Signals
 ) -> None:
@@ -116,6 +119,7 @@ def test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on(
     assert [installation.attempts(task) for task in tasks] == [2] * 4
 
 
+@pytest.mark.full
 def test_tasks_outlive_a_worker_that_is_killed_for_its_memory(on_sqlite: Installation) -> None:
     worker = on_sqlite.start_worker(hook="tests.support.hog:on_signal")
     tasks = on_sqlite.submit_many(3, steps=6, faults={"gate": "go"})
@@ -145,6 +149,7 @@ def test_a_worker_that_gets_no_memory_ends_the_task_and_keeps_its_work(on_sqlite
     assert result is not None and result.artifacts is not None and result.artifacts.files_changed > 0
 
 
+@pytest.mark.full("postgres")
 def test_a_task_that_kills_every_worker_ends_as_poisoned_and_the_others_complete(installation: Installation) -> None:
     poison = installation.submit(steps=6, faults={"die_worker": 2})
     others = installation.submit_many(2, steps=150, step_s=0.1)

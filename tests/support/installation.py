@@ -49,6 +49,20 @@ ROOT = Path(__file__).parents[2]
 ADMIN_KEY = "a key of the tests"
 
 
+@contextmanager
+def connect(url: str) -> Generator[Any]:
+    """A connection of the driver's to a database or a queue in SQLite, in autocommit mode, closed at the end."""
+    if url.startswith("sqlite:///"):
+        connection: Any = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=10, isolation_level=None)
+    else:
+        connection = psycopg2.connect(url)
+        connection.autocommit = True
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
 def is_locked(file: Path) -> bool:
     """Does another process write to this SQLite file just now?"""
     connection = sqlite3.connect(file, timeout=0.2, isolation_level=None)
@@ -323,17 +337,10 @@ class Installation:
 
     def column(self, task_id: str, name: str) -> Any:
         """A column of its row that no record shows, such as `lost_leases`."""
-        sql = f"SELECT {name} FROM tasks WHERE task_id = '{task_id}'"
-        if self.database_url.startswith("sqlite:///"):
-            connection: Any = sqlite3.connect(self.database_url.removeprefix("sqlite:///"))
-        else:
-            connection = psycopg2.connect(self.database_url)
-        try:
+        with connect(self.database_url) as connection:
             cursor = connection.cursor()
-            cursor.execute(sql)
+            cursor.execute(f"SELECT {name} FROM tasks WHERE task_id = '{task_id}'")
             return cursor.fetchone()[0]
-        finally:
-            connection.close()
 
     def log(self, task_id: str) -> list[str]:
         """The messages of its whole log."""
