@@ -54,7 +54,7 @@ def throw(url: str, sequences: int, request: pytest.FixtureRequest, *, part: int
 
 @pytest.mark.timeout(400)
 def test_no_order_of_events_breaks_a_promise(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    throw(f"sqlite:///{tmp_path / 'store.db'}", 250, request)
+    throw(f"sqlite:///{tmp_path / 'store.db'}", 350, request)
 
 
 @pytest.mark.full

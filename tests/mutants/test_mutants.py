@@ -49,8 +49,12 @@ STATE_MACHINE = "tests/faults/test_state_machine.py::test_no_order_of_events_bre
 @pytest.mark.timeout(1800)
 def test_the_model_of_the_store_catches_what_a_single_caller_can_see() -> None:
     mutants = [mutant for mutant in MUTANTS if mutant.seen_by_model]
-    outcomes = try_all(mutants, against=[STATE_MACHINE])
-    assert not [outcome.mutant.name for outcome in outcomes if not outcome.caught]
+    for _ in range(3):  # each with seeds of its own: a run of a commit's length may miss one of them
+        outcomes = try_all(mutants, against=[STATE_MACHINE])
+        mutants = [outcome.mutant for outcome in outcomes if not outcome.caught]
+        if not mutants:
+            return
+    raise AssertionError(f"missed: {[mutant.name for mutant in mutants]}")
 
 
 def test_a_mutant_that_changes_nothing_survives_and_one_that_proves_nothing_is_an_error() -> None:

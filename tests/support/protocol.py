@@ -20,9 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
-    consumes,
     invariant,
-    multiple,
     precondition,
     rule,
 )
@@ -51,8 +49,9 @@ LOST_LEASES = 3
 SPEC = TaskSpec(prompt="x", title="x")
 ONE_HOUR = timedelta(hours=1)
 LEASES = st.sampled_from([LEASE, LEASE, -0.5 * HOUR])
-TASKS = 4
+SUBMITS = 5
 ROW = "status attempt lost_leases log_offset phase question sandbox_id sandbox_nonce credentials owner".split()
+A_TASK = Bundle("tasks")
 ENDS = st.sampled_from(sorted(TERMINAL))
 QUEUED, RUNNING, WAITING = TaskStatus.QUEUED, TaskStatus.RUNNING, TaskStatus.WAITING
 FAILED, CANCELLED = TaskStatus.FAILED, TaskStatus.CANCELLED
@@ -124,6 +123,19 @@ def said(value: Any, name: str) -> object:
     return (found or {}).get(name)
 
 
+def by_hand(**drawn: Any) -> Callable[[Any], Any]:
+    """A rule about a hand: mostly the newest of a task, sometimes one of before."""
+
+    def decorate(step: Callable[..., None]) -> Any:
+        def with_hand(self: Protocol, task: Modelled, back: int, **values: Any) -> None:
+            step(self, self.hand(task, back), **values)
+
+        with_hand.__name__ = step.__name__
+        return rule(task=A_TASK, back=st.sampled_from([0, 0, 0, 1, 2]), **drawn)(with_hand)
+
+    return decorate
+
+
 class Protocol(RuleBasedStateMachine):
     """The rules draw nothing that depends on who wins a race, so that a run can be repeated."""
 
@@ -133,6 +145,7 @@ class Protocol(RuleBasedStateMachine):
         self.database = database
         self.mark = "?" if isinstance(database.tables.tasks._meta.database, SqliteDatabase) else "%s"
         self.now = 0.0
+        self.submits = 0
         self.tasks: list[Modelled] = []
         self.keys: dict[str, Modelled] = {}
         self.boxes: list[Box] = []
@@ -142,9 +155,6 @@ class Protocol(RuleBasedStateMachine):
             for table in reversed(database.tables.all):
                 table.delete().execute()
         store.accounts.ensure(LOCAL_ACCOUNT)
-
-    tasks_ = Bundle("tasks")
-    hands = Bundle("hands")
 
     # -- the database, looked at from beside the store ---------------------------------------------------------------
 
@@ -195,27 +205,34 @@ class Protocol(RuleBasedStateMachine):
         assert set(ids) == {task.task_id}
         return task
 
-    @precondition(lambda self: len(self.tasks) < TASKS)
-    @rule(target=tasks_, key=st.sampled_from([None, None, "a", "b"]))
-    def submit(self, key: str | None) -> Modelled:
-        return self._added(key, self._add(key).task_id)
-
-    @precondition(lambda self: len(self.tasks) < TASKS)
-    @rule(target=tasks_, key=st.sampled_from(["a", "b"]))
-    def submit_twice_at_once(self, key: str) -> Modelled:
-        return self._added(key, *(task.task_id for task in at_once(*[lambda: self._add(key)] * 2)))
-
-    @rule(key=st.sampled_from(["a", "b"]))
-    def submit_with_a_key_for_something_else(self, key: str) -> None:
-        if key in self.keys:
-            before = self.everything(self.keys[key])
+    @precondition(lambda self: self.submits < SUBMITS)
+    @rule(target=A_TASK, key=st.sampled_from([None, None, "a", "b"]), at_once_too=st.booleans())
+    def submit(self, key: str | None, at_once_too: bool) -> Modelled:
+        self.submits += 1
+        calls = [lambda: self._add(key).task_id] * (1 if key is None or not at_once_too else 2)
+        task = self._added(key, *(at_once(*calls) if len(calls) > 1 else [calls[0]()]))
+        if key is not None:
+            before = self.everything(task)
             with pytest.raises(IdempotencyMismatch):
                 self.store.tasks.add(LOCAL_ACCOUNT, SPEC, idempotency=Idempotency(key=key, digest="other"))
-            assert self.everything(self.keys[key]) == before
+            assert self.everything(task) == before
+        return task
 
-    @rule(task=tasks_)
-    def cancel(self, task: Modelled) -> None:
-        self._cancelled(task, self._cancel(task))
+    @rule(task=A_TASK, racing=st.sampled_from([False, False, True]))
+    def cancel(self, task: Modelled, racing: bool) -> None:
+        """Cancel a task; a queued one sometimes in the moment in which a worker claims it."""
+        if not racing or task.status is not QUEUED:
+            self._cancelled(task, self._cancel(task))
+            return
+        claim: Any
+        cancel: Any
+        claim, cancel = at_once(lambda: self._claim(task), lambda: self._cancel(task))
+        hand = None if claim is None else self._claimed(task, claim)
+        self._cancelled(task, cancel)
+        if hand is not None:
+            # So that it has ended, and nobody has a hand on it, whoever was first.
+            self.end(hand, CANCELLED)
+            self.all_hands.remove(hand)
 
     def _cancel(self, task: Modelled) -> tuple[records.Task, bool]:
         return self.store.tasks.request_cancel(LOCAL_ACCOUNT, task.task_id)
@@ -231,7 +248,7 @@ class Protocol(RuleBasedStateMachine):
                 task.error = "cancelled_by_user"
         assert shown.status is task.status
 
-    @rule(task=tasks_)
+    @rule(task=A_TASK)
     def say(self, task: Modelled) -> None:
         if task.active:
             task.undelivered.append(self.store.messages.add(LOCAL_ACCOUNT, task.task_id, "hello").message_id)
@@ -271,8 +288,9 @@ class Protocol(RuleBasedStateMachine):
         assert self.store.tasks.due(waited_s=RING_AGAIN) == [task.task_id for task in due]
         for task in due:
             task.rung_at = self.now
+        self.sweep_sandboxes()
 
-    @rule(task=tasks_)
+    @rule(task=A_TASK)
     def ring(self, task: Modelled) -> None:
         self.store.tasks.rung(task.task_id)
         task.rung_at = self.now
@@ -289,7 +307,6 @@ class Protocol(RuleBasedStateMachine):
                 found.append(box)
         return found
 
-    @rule()
     def sweep_sandboxes(self) -> None:
         for box in self.orphans():
             self.boxes.remove(box)
@@ -326,51 +343,32 @@ class Protocol(RuleBasedStateMachine):
         self.all_hands.append(hand)
         return hand
 
-    @rule(target=hands, task=tasks_, rivals=st.sampled_from([1, 1, 1, 3]))
-    def claim(self, task: Modelled, rivals: int) -> Any:
+    @rule(task=A_TASK, rivals=st.sampled_from([1, 1, 1, 3]))
+    def claim(self, task: Modelled, rivals: int) -> None:
         calls = [lambda: self._claim(task)] * rivals
-        hand = self._claimed(task, *(at_once(*calls) if rivals > 1 else [calls[0]()]))
-        return multiple() if hand is None else hand
+        self._claimed(task, *(at_once(*calls) if rivals > 1 else [calls[0]()]))
 
-    @rule(target=hands, task=tasks_, times=st.integers(1, LOST_LEASES + 1))
-    def take_over(self, task: Modelled, times: int) -> Any:
+    def hand(self, task: Modelled, back: int) -> Hand:
+        """A hand on a task; on another where nobody ever had this one, so that something happens in every step."""
+        hands = [hand for hand in self.all_hands if hand.task is task]
+        if not hands and self.wants_a_worker(task):
+            hands = [self._claimed(task, self._claim(task))]
+        hands = hands or self.all_hands
+        if not hands:
+            task = self._added(None, self._add(None).task_id)
+            hands = [self._claimed(task, self._claim(task))]
+        hand = hands[max(0, len(hands) - 1 - back)]
+        assert hand is not None
+        return hand
+
+    @rule(task=A_TASK, times=st.integers(1, LOST_LEASES + 1))
+    def take_over(self, task: Modelled, times: int) -> None:
         """Claims of which each waits until the lease of the one before has run out."""
-        taken: list[Hand] = []
         for _ in range(times):
             self.time_passes(2)
-            if (hand := self._claimed(task, self._claim(task))) is not None:
-                taken.append(hand)
-        return multiple(*taken)
+            self._claimed(task, self._claim(task))
 
-    @rule(task=tasks_)
-    def a_claim_and_a_cancel_at_once(self, task: Modelled) -> None:
-        if task.status is not QUEUED:
-            return
-        claim: Any
-        cancel: Any
-        claim, cancel = at_once(lambda: self._claim(task), lambda: self._cancel(task))
-        hand = None if claim is None else self._claimed(task, claim)
-        self._cancelled(task, cancel)
-        if hand is not None:
-            self.finish(hand, CANCELLED)  # so that it has ended, whoever was first
-
-    @rule(hand=hands, end=ENDS)
-    def an_end_and_a_cancel_at_once(self, hand: Hand, end: TaskStatus) -> None:
-        if not hand.holds:
-            return
-        cancel: Any
-        _, cancel = at_once(lambda: self._finish(hand, end), lambda: self._cancel(hand.task))
-        shown, cancel_was_first = cancel
-        if cancel_was_first:
-            self._cancelled(hand.task, cancel)
-        assert cancel_was_first or hand.task.cancelled or shown.status is end
-        self._finished(hand, end)
-
-    @rule(hand=consumes(hands))
-    def die(self, hand: Hand) -> None:
-        """Nothing is written: that is what makes it a death."""
-
-    @rule(hand=hands, steps=st.integers(1, 6))
+    @by_hand(steps=st.integers(1, 6))
     def work_on(self, hand: Hand, steps: int) -> None:
         """Take the next steps of what a worker does about sandboxes."""
         assert hand.life is not None
@@ -415,7 +413,7 @@ class Protocol(RuleBasedStateMachine):
     def _update(self, hand: Hand, **changes: Any) -> bool:
         return self.written(hand, lambda: self.store.tasks.update(hand.task.task_id, hand.claim.attempt, **changes))[0]
 
-    @rule(hand=hands, lease_s=LEASES)
+    @by_hand(lease_s=LEASES)
     def renew(self, hand: Hand, lease_s: float) -> None:
         done, signals = self.written(
             hand, lambda: self.store.tasks.renew(hand.task.task_id, hand.claim.attempt, lease_s=lease_s)
@@ -424,13 +422,7 @@ class Protocol(RuleBasedStateMachine):
             hand.task.lease_until = self.now + lease_s
             self.heard(hand.task, signals)
 
-    @rule(hand=hands)
-    def look(self, hand: Hand) -> None:
-        done, signals = self.written(hand, lambda: self.store.tasks.signals(hand.task.task_id, hand.claim.attempt))
-        if done:
-            self.heard(hand.task, signals)
-
-    @rule(hand=hands, count=st.integers(0, 3), lease_s=LEASES)
+    @by_hand(count=st.integers(0, 3), lease_s=LEASES)
     def follow(self, hand: Hand, count: int, lease_s: float) -> None:
         lines = [f"line {number}" for number in range(hand.offset, hand.offset + count)]
         done, signals = self.written(
@@ -451,33 +443,31 @@ class Protocol(RuleBasedStateMachine):
                 hand.task.lost_leases = 0
             self.heard(hand.task, signals)
 
-    @rule(hand=hands)
-    def note(self, hand: Hand) -> None:
-        if self.written(
-            hand, lambda: self.store.events.add(hand.task.task_id, line("a note"), attempt=hand.claim.attempt)
-        )[0]:
-            hand.task.log.append("a note")
+    @by_hand(what=st.sampled_from(["signals", "line", "blob", "message"]))
+    def do(self, hand: Hand, what: str) -> None:
+        task, task_id, attempt = hand.task, hand.task.task_id, hand.claim.attempt
+        if what == "signals":
+            done, signals = self.written(hand, lambda: self.store.tasks.signals(task_id, attempt))
+            if done:
+                self.heard(task, signals)
+        elif what == "line":
+            if self.written(hand, lambda: self.store.events.add(task_id, line("a note"), attempt=attempt))[0]:
+                task.log.append("a note")
+        elif what == "blob":
+            data = str(attempt).encode()
+            if self.written(hand, lambda: self.store.blobs.put(task_id, "diff", data, attempt=attempt))[0]:
+                task.blob = data
+        else:
+            first = task.undelivered[:1]
+            if self.written(hand, lambda: self.store.messages.delivered(task_id, attempt, first))[0]:
+                del task.undelivered[:1]
 
-    @rule(hand=hands)
-    def keep(self, hand: Hand) -> None:
-        data = str(hand.claim.attempt).encode()
-        if self.written(
-            hand, lambda: self.store.blobs.put(hand.task.task_id, "diff", data, attempt=hand.claim.attempt)
-        )[0]:
-            hand.task.blob = data
-
-    @rule(hand=hands)
-    def deliver(self, hand: Hand) -> None:
-        first = hand.task.undelivered[:1]
-        if self.written(hand, lambda: self.store.messages.delivered(hand.task.task_id, hand.claim.attempt, first))[0]:
-            del hand.task.undelivered[:1]
-
-    @rule(hand=hands, question=st.sampled_from([None, "Which?"]))
+    @by_hand(question=st.sampled_from([None, "Which?"]))
     def ask(self, hand: Hand, question: str | None) -> None:
         if self._update(hand, question=question):
             hand.task.question, hand.task.status = question, RUNNING if question is None else WAITING
 
-    @rule(hand=hands)
+    @by_hand()
     def release(self, hand: Hand) -> None:
         if self.written(
             hand, lambda: self.store.tasks.release(hand.task.task_id, hand.claim.attempt, line=line("given back"))
@@ -499,8 +489,21 @@ class Protocol(RuleBasedStateMachine):
         hand.task.log.append("The end.")
         hand.task.summary = f"of attempt {hand.claim.attempt}"
 
-    @rule(hand=hands, end=ENDS)
-    def finish(self, hand: Hand, end: TaskStatus) -> None:
+    @by_hand(end=ENDS, racing=st.booleans())
+    def finish(self, hand: Hand, end: TaskStatus, racing: bool) -> None:
+        """End a task; sometimes in the moment in which its user cancels it."""
+        if not racing or not hand.holds:
+            self.end(hand, end)
+            return
+        cancel: Any
+        _, cancel = at_once(lambda: self._finish(hand, end), lambda: self._cancel(hand.task))
+        shown, cancel_was_first = cancel
+        if cancel_was_first:
+            self._cancelled(hand.task, cancel)
+        assert cancel_was_first or hand.task.cancelled or shown.status is end
+        self._finished(hand, end)
+
+    def end(self, hand: Hand, end: TaskStatus) -> None:
         if self.written(hand, lambda: self._finish(hand, end))[0]:
             self._finished(hand, end)
 
@@ -570,8 +573,10 @@ class Protocol(RuleBasedStateMachine):
             for task in self.tasks:
                 task.rung_at = self.now if not task.ended else task.rung_at
                 if not task.ended and (hand := self._claimed(task, self._claim(task))) is not None:
-                    self.finish(hand, TaskStatus.COMPLETED)
+                    self.end(hand, TaskStatus.COMPLETED)
         self.the_rows_are_as_the_model_says()
         assert self.store.tasks.unfinished() == 0
+        for task in self.tasks:
+            assert self.store.blobs.get(LOCAL_ACCOUNT, task.task_id, "diff") == task.blob
         self.sweep_sandboxes()
         assert not self.boxes
