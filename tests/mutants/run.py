@@ -93,7 +93,9 @@ class Copy:
         # Without the plugins that cost half a second each; the options are those that pyproject.toml adds, but for -n.
         quick = ["-o", "addopts=--import-mode=importlib", "-p", "no:xdist", "-p", "no:cacheprovider"]
         quick += ["-p", "no:hypothesispytest", f"--basetemp={self.folder / 'tmp'}"]
-        return self.run("-m", "pytest", *quick, "-x", "-q", "-rfE", "--tb=line", f"--timeout={TEST_S}", *tests)
+        return self.run(
+            "-m", "pytest", *quick, "--full", "-x", "-q", "-rfE", "--tb=line", f"--timeout={TEST_S}", *tests
+        )
 
     @contextmanager
     def mutated(self, mutant: Mutant) -> Generator[None]:

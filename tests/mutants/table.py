@@ -332,7 +332,7 @@ MUTANTS = (
         f"{QUEUE}/run.py",
         "    except Draining:\n        give_back(worker, claim)\n",
         "    except Draining:\n        give_up(worker, claim)\n",
-        (f"{PROCESSES}::test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on[sqlite-15]",),
+        (f"{PROCESSES}::test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on[sqlite-SIGTERM]",),
         fast=False,
     ),
     Mutant(
@@ -340,7 +340,7 @@ MUTANTS = (
         f"{QUEUE}/run.py",
         "    except Draining:\n        give_back(worker, claim)\n",
         "    except Draining:\n",
-        (f"{PROCESSES}::test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on[sqlite-15]",),
+        (f"{PROCESSES}::test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on[sqlite-SIGTERM]",),
         fast=False,
     ),
 )
