@@ -102,6 +102,24 @@ def store(store_url: str) -> Iterator[Store]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-snapshots", action="store_true", help="Write tests/snapshots/ anew from the code.")
+    parser.addoption("--full", action="store_true", help="Run every fault, not only those of each commit.")
+    parser.addoption("--soak", type=float, metavar="MINUTES", help="Throw random faults for that long.")
+    parser.addoption("--seed", type=int, help="The seed of `--soak`; left out, one is chosen and printed.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `full` unless all faults are asked for, and the soak unless that is."""
+    full, soak = config.getoption("--full"), config.getoption("--soak") is not None
+
+    def is_left_out(item: pytest.Item) -> bool:
+        if item.get_closest_marker("soak"):
+            return not soak
+        parameters = set(item.name.partition("[")[2].rstrip("]").split("-"))
+        return not full and any(not mark.args or parameters & set(mark.args) for mark in item.iter_markers("full"))
+
+    left_out = [item for item in items if is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

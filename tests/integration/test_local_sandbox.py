@@ -23,6 +23,7 @@ from cloudagent_queue.sandboxes import Sandbox, open_provider, processes
 from cloudagent_queue.sandboxes.bubblewrap import find_bubblewrap, isolation
 from cloudagent_queue.sandboxes.local import LocalProvider, UnsafeProcessProvider
 from cloudagent_storage.errors import SandboxError, SandboxUnavailable, SandboxUnreachable
+from tests.support.stored import at_once
 
 CANARY = "canary-6f1d"
 IMPORT_FROM = os.pathsep.join(
@@ -391,6 +392,36 @@ def test_a_start_that_is_under_way_is_not_taken_for_a_dead_one(
     assert not sandbox.alive()
     sandbox.kill()
     assert not files.exists()
+
+
+DIES_BEFORE_THE_LAUNCH = """
+import os, sys
+from pathlib import Path
+from cloudagent_queue.sandboxes import open_provider, processes
+processes.launch = lambda *_, **__: os._exit(7)
+open_provider("local", data_folder=Path(sys.argv[1])).connect(sys.argv[2]).start(["true"], env={})
+"""
+
+
+def test_a_start_of_which_nothing_came_since_its_process_died_is_made_again_by_one_only(
+    sandbox: Sandbox, files: Path, data_folder: Path
+) -> None:
+    command = [sys.executable, "-c", DIES_BEFORE_THE_LAUNCH, str(data_folder), sandbox.id]
+    done = subprocess.run(command, env={"PYTHONPATH": IMPORT_FROM}, timeout=60, check=False)
+    assert done.returncode == 7 and (files.parent / "started.jsonl").exists()
+    assert not sandbox.alive()
+
+    def start() -> bool:
+        try:
+            sandbox.start(["sh", "-c", "echo begun >> begun; sleep 600"], env={})
+        except SandboxError:
+            return False
+        return True
+
+    assert sorted(at_once(*[start] * 4)) == [False, False, False, True]
+    wait_until(lambda: sandbox.read("begun", max_bytes=100))
+    assert sandbox.alive() and sandbox.read("begun", max_bytes=100) == b"begun\n"
+    sandbox.kill()
 
 
 def test_what_a_command_left_running_counts_where_its_pids_mean_nothing(sandbox: Sandbox, files: Path) -> None:

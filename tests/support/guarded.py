@@ -1,7 +1,8 @@
 """Runs a server for exactly as long as its starter lives: `guarded.py FOLDER USER_ID COMMAND...`.
 
 Its standard input is a pipe from the starter. When that ends, however the starter may have died, the server is stopped
-and its folder is deleted. A USER_ID of `-` leaves the user as it is.
+and its folder is deleted. A USER_ID of `-` leaves the user as it is. A line in the pipe is an order: the number of a
+signal that the server is to end of, or `start` for another start of one that has ended.
 """
 
 from __future__ import annotations
@@ -37,12 +38,30 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def order(process: subprocess.Popen[bytes], what: int | str) -> None:
+    """Have the server ended with a signal of that number, or started again with `start`; does not wait for either."""
+    assert process.stdin is not None
+    process.stdin.write(f"{what}\n".encode())
+    process.stdin.flush()
+
+
 def main() -> None:
     folder, user_id, *command = sys.argv[1:]
     user = None if user_id == "-" else int(user_id)
     groups = None if user is None else ()
-    server = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, user=user, group=user, extra_groups=groups)
-    sys.stdin.buffer.read()
+
+    def launch() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, user=user, group=user, extra_groups=groups
+        )
+
+    server = launch()
+    for line in sys.stdin.buffer:
+        if line.strip() == b"start":
+            server = launch()
+        else:
+            server.send_signal(int(line))
+            server.wait()
     server.send_signal(signal.SIGINT)  # to Postgres it means: do not wait for clients
     try:
         server.wait(STOP_S)

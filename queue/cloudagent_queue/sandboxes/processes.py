@@ -38,6 +38,7 @@ OUTPUT_HEAD = 20_000
 OUTPUT_TAIL = 40_000
 """How much of a long output is kept, in bytes, from its beginning and its end."""
 _POLL_S = 0.005
+_LOCK_PATIENCE_S = 1.0
 
 # Runs between fork and the program: limits and signals cannot be set safely in the child of a process with threads.
 # Python ignores SIGPIPE, and the worker may ignore or block more; nothing of that may reach an agent.
@@ -112,20 +113,39 @@ class Record:
 
     @contextmanager
     def new(self) -> Generator[int]:
-        """The open and locked file of a record that does not exist yet, nor when nothing came of it.
+        """The open and locked file of a record of which nothing came yet; it does not exist after an exception.
 
-        Raises FileExistsError.
+        Who dies in here, before the launched program has written its pid, has started nothing: the next one may.
+        Raises FileExistsError when something was started, or is just being started.
         """
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        file = self._lock()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if "child-pid" in self.read():
+                raise FileExistsError
             os.write(file, json.dumps({"host": _host()}).encode() + b"\n")
-            yield file
-        except Exception:
-            self.path.unlink(missing_ok=True)
-            raise
+            try:
+                yield file
+            except Exception:
+                self.path.unlink(missing_ok=True)
+                raise
         finally:
             os.close(file)
+
+    def _lock(self) -> int:
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file).st_nlink:
+                    return file
+            except BlockingIOError:
+                # Whoever looks whether the process lives holds the lock for a moment, too.
+                if "child-pid" in self.read() or time.monotonic() > deadline:
+                    os.close(file)
+                    raise FileExistsError from None
+            os.close(file)
+            time.sleep(_POLL_S)
 
     def settle(self, child: subprocess.Popen[bytes]) -> bool:
         """Wait until the launched program has written its pid, and note its start time. False if it ended before."""

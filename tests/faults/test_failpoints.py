@@ -1,0 +1,122 @@
+"""A process is killed between any two steps of a task's life, from submit to discard."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.failpoints import Failpoint
+from tests.support.installation import Installation
+
+TASKS = "cloudagent_storage.store.tasks:Tasks"
+EVENTS = "cloudagent_storage.store.events:Events"
+BLOBS = "cloudagent_storage.store.blobs:Blobs"
+PROVIDER = "cloudagent_queue.sandboxes.local:UnsafeProcessProvider"
+SANDBOX = "cloudagent_queue.sandboxes.local:UnsafeProcessSandbox"
+REPOSITORY = "cloudagent_queue.repository"
+PROCESSES = "cloudagent_queue.sandboxes.processes"
+
+STEPS: dict[str, tuple[str, int]] = {
+    # What a worker calls for a task with a set-up and a verify command, in order: the place and how many such calls.
+    "claim": (f"{TASKS}.claim", 1),
+    # sandbox, nonce, sandbox's id, repository, base, setup, agent, save, verify, model
+    "update": (f"{TASKS}.update", 10),
+    "create": (f"{PROVIDER}.create", 1),
+    "half created": ("pathlib:Path.write_text", 1),
+    # ready, repository, set-up's output, saved, verdict
+    "note": (f"{EVENTS}.add", 5),
+    "check out": (f"{REPOSITORY}:check_out", 1),
+    "set up": (f"{REPOSITORY}:run_setup", 1),
+    "renew": (f"{TASKS}.renew", 1),
+    "signals": (f"{TASKS}.signals", 2),
+    # check-out, set-up, agent, collect, clone, verify
+    "launch": (f"{PROCESSES}:launch", 6),
+    "settle": (f"{PROCESSES}:Record.settle", 6),
+    "install": ("tests.support.standin:StandIn.install", 1),
+    "start": (f"{SANDBOX}.start", 1),
+    "follow": (f"{TASKS}.follow", 2),
+    "end processes": (f"{SANDBOX}.end_processes", 1),
+    "collect": (f"{REPOSITORY}:collect", 1),
+    "inspect": (f"{REPOSITORY}:inspect", 1),
+    # result, diff
+    "keep": (f"{BLOBS}.put", 2),
+    "verify": (f"{REPOSITORY}:verify", 1),
+    "finish": (f"{TASKS}.finish", 1),
+    "discard": (f"{SANDBOX}.kill", 1),
+    "half deleted": ("cloudagent_queue.sandboxes.safe_files:remove_tree", 1),
+}
+EACH_TIME = {
+    ("sqlite", "claim after 1"),
+    ("sqlite", "create after 1"),
+    ("sqlite", "launch before 3"),
+    ("sqlite", "keep after 1"),
+    ("sqlite", "finish before 1"),
+    ("sqlite", "discard before 1"),
+    ("postgres", "finish before 1"),
+}
+"""What every run throws; the rest is for `--full`."""
+
+
+def _all() -> Iterator[object]:
+    for database in ("sqlite", "postgres"):
+        for step, (place, count) in STEPS.items():
+            for nth in range(1, count + 1):
+                for when in ("before", "after"):
+                    name = f"{step} {when} {nth}"
+                    marks = [] if (database, name) in EACH_TIME else [pytest.mark.full]
+                    point = Failpoint(place, when, nth)
+                    yield pytest.param(f"on_{database}", point, marks=marks, id=f"{database}, {name}")
+
+
+@pytest.mark.parametrize(("fixture", "point"), list(_all()))
+def test_a_worker_is_killed_at_any_step_and_the_task_completes(
+    request: pytest.FixtureRequest, fixture: str, point: Failpoint
+) -> None:
+    installation: Installation = request.getfixturevalue(fixture)
+    worker = installation.start_worker(concurrency=1, failpoints=[point])
+    task = installation.submit(steps=4, setup="sleep 1", verify="test -f step_3.txt")
+    assert worker.wait(60) == -signal.SIGKILL
+    assert installation.fired(point)
+    installation.start_worker()
+    installation.conclude()
+    assert installation.task(task).verdict == "passed"
+    assert installation.attempts(task) <= 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_worker_is_killed_while_it_gives_its_tasks_back(installation: Installation, when: str) -> None:
+    point = Failpoint(f"{TASKS}.release", when)
+    worker = installation.start_worker(failpoints=[point])
+    tasks = installation.submit_many(2, steps=4, faults={"gate": "go"})
+    for task in tasks:
+        installation.await_calls(task)
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == -signal.SIGKILL
+    assert installation.fired(point)
+    installation.start_worker()
+    installation.open_gate("go")
+    installation.conclude()
+
+
+SUBMIT = {
+    "nothing is kept yet": (Failpoint(f"{TASKS}.add", "before"), 0),
+    "committed, and no worker was told": (Failpoint("cloudagent_queue.task_queue:TaskQueue.put", "before"), 1),
+    "committed and told": (Failpoint("cloudagent_queue.task_queue:TaskQueue.put", "after"), 1),
+}
+
+
+@pytest.mark.full("postgres")
+@pytest.mark.parametrize("moment", SUBMIT)
+def test_a_submit_is_killed_and_its_task_is_there_as_a_whole_or_not_at_all(
+    installation: Installation, moment: str
+) -> None:
+    point, count = SUBMIT[moment]
+    installation.start_worker()
+    submit = installation.start_submit([installation.arguments({"steps": 4}, {})], failpoints=[point])
+    assert submit.wait() == -signal.SIGKILL
+    assert installation.fired(point) and submit.log() == ""
+    assert len(installation.tasks()) == count
+    installation.conclude(seconds=installation.timers.ring_again_s + 20)

@@ -1,0 +1,71 @@
+"""Redis behind a network that swallows every byte: nobody is told, and nothing may wait for an answer for long."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import netns
+from tests.support.installation import Installation
+from tests.support.proxy import Proxy
+from tests.support.valkey import ValkeyServer
+from tests.support.worlds import until
+
+SUBMIT_S = 12.0
+"""A submit gives up on Redis within this."""
+CONSUMER_S = 12.0
+"""A consumer that could not reach Redis looks again within ten seconds."""
+
+
+def swallowed(installation: Installation, swallow: Callable[[], None], deliver: Callable[[], None]) -> None:
+    """The whole story: tasks run, Redis is swallowed, tasks are submitted, Redis is back."""
+    worker = installation.start_worker()
+    running = installation.submit_many(2, steps=60, step_s=0.1)
+    for task in running:
+        installation.await_calls(task, 2)
+    swallow()
+    taken: list[float] = []
+    during: list[str] = []
+    for _ in range(3):
+        began = time.monotonic()
+        during.append(installation.submit(steps=3))
+        taken.append(time.monotonic() - began)
+    until(lambda: "sweep: The queue does not answer" in worker.log(), "the worker's sweeper is not answered", 60)
+    # Whoever runs needs no Redis; whoever waits is safe in its row, and waits.
+    calls = [installation.calls(task) for task in running]
+    assert all(count > 2 for count in calls)
+    assert [installation.task(task).status for task in during] == ["queued"] * 3
+    deliver()
+    began = time.monotonic()
+    installation.conclude()
+    assert max(taken) < SUBMIT_S, taken
+    started = [installation.journal(task, "start")[0]["at"] - began for task in during]
+    assert max(started) < CONSUMER_S + installation.timers.ring_again_s + 10, started
+    assert [installation.attempts(task) for task in running + during] == [1] * 5
+
+
+def test_a_hung_redis_bounds_submits_and_delays_tasks(
+    make_installation: Callable[..., Installation], valkey: ValkeyServer, postgres_url: str
+) -> None:
+    valkey.flush()
+    with Proxy(valkey.port) as proxy:
+        installation = make_installation(database=postgres_url, queue=f"redis://127.0.0.1:{proxy.port}/0")
+        swallowed(installation, lambda: setattr(proxy, "mode", "blackhole"), lambda: setattr(proxy, "mode", "pass"))
+        assert proxy.swallowed > 0
+        installation.close()
+
+
+@pytest.mark.full
+def test_a_network_that_drops_every_packet_bounds_submits_and_delays_tasks(tmp_path: Path) -> None:
+    def body() -> None:
+        server = ValkeyServer()
+        installation = Installation.make(tmp_path, queue=server.url)
+        with contextlib.closing(installation), contextlib.ExitStack() as stack:
+            stack.callback(server.stop)
+            swallowed(installation, netns.swallow, netns.deliver)
+
+    netns.apart(body)

@@ -1,0 +1,346 @@
+"""The mutants: one promise broken at a time, each with the tests that must see it.
+
+The texts are exact; where the product's code moves on, its mutants have to follow, and `run.py` says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STORE = "storage/cloudagent_storage/store"
+QUEUE = "queue/cloudagent_queue"
+WORKERS = "tests/contracts/test_store_workers.py"
+TASKS = "tests/contracts/test_store_tasks.py"
+LOG = "tests/contracts/test_store_log.py"
+LEASES = "tests/faults/test_leases.py"
+SWEEP = "tests/integration/test_worker.py"
+PROCESSES = "tests/faults/test_workers.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change to the product, and the fastest tests that fail of it."""
+
+    name: str
+    file: str
+    old: str
+    """Stands in the file exactly once."""
+    new: str
+    tests: tuple[str, ...]
+    """Node ids for pytest."""
+    fast: bool = True
+    """Is it tried with every commit, and not only in a full run?"""
+    seen_by_model: bool = False
+    """Does the state machine, which calls the store from one thread at a time, see it too?"""
+
+
+MUTANTS = (
+    # -- the fence -------------------------------------------------------------------------------------------------
+    Mutant(
+        "no_fence",
+        f"{STORE}/row.py",
+        "return (rows.attempt == attempt) & rows.status.in_(ACTIVE)",
+        "return rows.status.in_(ACTIVE)",
+        (f"{WORKERS}::test_a_worker_that_lost_its_lease_changes_nothing[sqlite-<lambda>0]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "writes_after_a_release",
+        f"{STORE}/row.py",
+        "rows.status.in_(ACTIVE) & rows.lease_until.is_null(False)",
+        "rows.status.in_(ACTIVE)",
+        (f"{WORKERS}::test_a_worker_changes_nothing_after_it_gave_the_task_back[sqlite-<lambda>4]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "finish_is_not_fenced",
+        f"{STORE}/tasks.py",
+        "return task_of(change_held(self._db, task_id, attempt, lines=events, whole=True, **columns))",
+        "return task_of(change(self._db, task_id, self._rows.task_id == task_id, lines=events, whole=True, **columns))",
+        (f"{WORKERS}::test_a_worker_that_lost_its_lease_changes_nothing[sqlite-<lambda>6]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "a_delivery_is_not_fenced",
+        f"{STORE}/messages.py",
+        "            change_held(self._db, task_id, attempt)\n            mine",
+        "            mine",
+        (f"{WORKERS}::test_a_worker_that_lost_its_lease_changes_nothing[sqlite-<lambda>9]",),
+        fast=False,
+        seen_by_model=True,
+    ),
+    # -- the claim -------------------------------------------------------------------------------------------------
+    Mutant(
+        "a_held_task_is_claimed",
+        f"{STORE}/tasks.py",
+        "expired = active & rows.lease_until.is_null(False) & (rows.lease_until < self._db.now)",
+        "expired = active & rows.lease_until.is_null(False)",
+        (f"{WORKERS}::test_a_task_that_a_worker_has_is_not_to_be_had[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "a_dead_workers_task_is_never_claimed",
+        f"{STORE}/tasks.py",
+        "expired = active & rows.lease_until.is_null(False) & (rows.lease_until < self._db.now)",
+        "expired = active & rows.task_id.is_null()",
+        (f"{WORKERS}::test_the_next_attempt_goes_on_where_the_last_one_stopped[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "an_ended_task_is_claimed",
+        f"{STORE}/tasks.py",
+        "released = active & rows.lease_until.is_null()",
+        "released = rows.lease_until.is_null()",
+        (f"{WORKERS}::test_the_end_of_a_task_is_one_step[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "a_claim_in_two_steps",
+        f"{STORE}/tasks.py",
+        """            row = change(
+                self._db,
+                task_id,
+                queued | released | expired,
+""",
+        """            if not rows.select().where(rows.task_id == task_id, queued | released | expired).exists():
+                return None
+            row = change(
+                self._db,
+                task_id,
+                rows.task_id == task_id,
+""",
+        (f"{WORKERS}::test_of_several_workers_on_several_stores_one_gets_the_task[postgres]",),
+    ),
+    # -- lost leases -----------------------------------------------------------------------------------------------
+    Mutant(
+        "no_task_is_poisoned",
+        f"{STORE}/tasks.py",
+        "expired & (rows.lost_leases >= LOST_LEASES - 1)",
+        "expired & (rows.lost_leases >= 1000)",
+        (f"{WORKERS}::test_a_task_whose_third_lease_is_lost_without_progress_is_poisoned[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "poisoned_one_lease_early",
+        f"{STORE}/tasks.py",
+        "expired & (rows.lost_leases >= LOST_LEASES - 1)",
+        "expired & (rows.lost_leases >= LOST_LEASES - 2)",
+        (f"{WORKERS}::test_a_task_whose_third_lease_is_lost_without_progress_is_poisoned[sqlite]",),
+        fast=False,
+        seen_by_model=True,
+    ),
+    Mutant(
+        "lost_leases_are_not_counted",
+        f"{STORE}/tasks.py",
+        "lost_leases=Case(None, [(expired, rows.lost_leases + 1)], rows.lost_leases),",
+        "lost_leases=rows.lost_leases,",
+        (f"{WORKERS}::test_a_task_whose_third_lease_is_lost_without_progress_is_poisoned[sqlite]",),
+        fast=False,
+        seen_by_model=True,
+    ),
+    Mutant(
+        "progress_does_not_count",
+        f"{STORE}/tasks.py",
+        '            columns["lost_leases"] = 0\n',
+        "            pass\n",
+        (f"{WORKERS}::test_progress_makes_up_for_lost_leases[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "a_release_counts_as_a_loss",
+        f"{STORE}/tasks.py",
+        "change_held(self._db, task_id, attempt, lines=lines, owner=None, lease_until=None, rung_at=None)",
+        "change_held(self._db, task_id, attempt, lines=lines, owner=None, lease_until=self._db.now, rung_at=None)",
+        (f"{WORKERS}::test_a_task_that_is_given_back_can_be_had_at_once_and_loses_no_lease[sqlite]",),
+        fast=False,
+        seen_by_model=True,
+    ),
+    # -- the log ---------------------------------------------------------------------------------------------------
+    Mutant(
+        "lines_without_their_offset",
+        f"{STORE}/tasks.py",
+        '{"log_offset": log_offset, "lease_until": self._db.later(lease_s)}',
+        '{"lease_until": self._db.later(lease_s)}',
+        (f"{WORKERS}::test_the_next_attempt_goes_on_where_the_last_one_stopped[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "a_lines_number_is_read_before_it_is_taken",
+        f"{STORE}/row.py",
+        "    query = rows.update(last_seq=rows.last_seq + len(lines)",
+        "    last = rows.select(rows.last_seq).where(rows.task_id == task_id).scalar() or 0\n"
+        "    query = rows.update(last_seq=last + len(lines)",
+        (f"{LOG}::test_a_cancel_while_lines_are_added_leaves_no_gap_and_no_duplicate[postgres]",),
+    ),
+    Mutant(
+        "the_next_attempt_reads_the_log_from_its_start",
+        f"{QUEUE}/run.py",
+        "LogReader(self.box, self.claim.log_offset, self.redactor)",
+        "LogReader(self.box, 0, self.redactor)",
+        (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[sqlite]",),
+        fast=False,
+    ),
+    # -- submit, cancel, end -----------------------------------------------------------------------------------------
+    Mutant(
+        "idempotency_keys_are_not_unique",
+        "storage/cloudagent_storage/migrations/0002_idempotency.py",
+        '("account_id", "idempotency_key"), unique=True)',
+        '("account_id", "idempotency_key"), unique=False)',
+        (
+            "tests/contracts/test_store_idempotency.py"
+            "::test_the_same_key_and_arguments_are_the_same_task_kept_once[sqlite]",
+        ),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "a_cancel_is_ignored_while_queued",
+        f"{STORE}/tasks.py",
+        "            if row.status == TaskStatus.QUEUED:\n",
+        "            if False:\n",
+        (f"{TASKS}::test_a_queued_task_is_cancelled_at_once[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "a_cancel_is_ignored_while_running",
+        f"{STORE}/tasks.py",
+        "elif row.status in ACTIVE and row.cancel_requested_at is None:",
+        "elif False:",
+        (f"{TASKS}::test_the_worker_of_a_running_task_is_told_of_a_cancel_once[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "no_worker_is_told_of_a_cancel",
+        f"{STORE}/row.py",
+        "        cancel_requested=row.cancel_requested_at is not None,\n        messages",
+        "        cancel_requested=False,\n        messages",
+        (f"{TASKS}::test_the_worker_of_a_running_task_is_told_of_a_cancel_once[sqlite]",),
+        fast=False,
+        seen_by_model=True,
+    ),
+    Mutant(
+        "a_cancel_looks_before_it_locks",
+        f"{STORE}/tasks.py",
+        "row = find(self._db, account_id, task_id, lock=True)",
+        "row = find(self._db, account_id, task_id)",
+        (
+            f"{TASKS}::test_of_many_cancels_at_once_one_changes_something[postgres]",
+            f"{WORKERS}::test_a_claim_and_a_cancel_at_once_leave_one_of_two_states[postgres]",
+        ),
+        fast=False,
+    ),
+    Mutant(
+        "credentials_outlive_their_task",
+        f"{STORE}/tasks.py",
+        '            "credentials": None,\n',
+        "",
+        (f"{WORKERS}::test_a_task_that_has_ended_keeps_no_credentials[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "a_task_is_found_for_every_account",
+        f"{STORE}/row.py",
+        "where(rows.task_id == task_id, rows.account_id == account_id)",
+        "where(rows.task_id == task_id)",
+        (f"{TASKS}::test_an_id_of_another_account_looks_like_an_unknown_one",),
+    ),
+    # -- the sweeper -------------------------------------------------------------------------------------------------
+    Mutant(
+        "nobody_rings_again",
+        f"{QUEUE}/sweep.py",
+        "        queue.put(task_id)\n",
+        "        pass\n",
+        (f"{LEASES}::test_what_nobody_has_rung_for_is_put_into_the_queue",),
+    ),
+    Mutant(
+        "a_lease_that_ran_out_is_not_due",
+        f"{STORE}/tasks.py",
+        "rows.lease_until.is_null() | (rows.lease_until < self._db.now))",
+        "rows.lease_until.is_null())",
+        (f"{WORKERS}::test_tasks_that_wait_for_a_worker_are_due_once_in_a_while[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "every_sandbox_is_an_orphan",
+        f"{QUEUE}/sweep.py",
+        "            continue\n        log.info",
+        "            pass\n        log.info",
+        (f"{SWEEP}::test_only_sandboxes_that_no_living_task_owns_are_killed",),
+    ),
+    Mutant(
+        "no_sandbox_is_an_orphan",
+        f"{QUEUE}/sweep.py",
+        "            provider.connect(info.id).kill()\n        except SandboxGone:",
+        "            pass\n        except SandboxGone:",
+        (f"{SWEEP}::test_only_sandboxes_that_no_living_task_owns_are_killed",),
+    ),
+    Mutant(
+        "a_nonce_owns_nothing",
+        f"{STORE}/tasks.py",
+        "(rows.sandbox_id == storable(sandbox_id)) | (rows.sandbox_nonce == storable(nonce))",
+        "rows.sandbox_id == storable(sandbox_id)",
+        (f"{WORKERS}::test_a_sandbox_belongs_to_a_task_by_its_id_or_by_the_nonce[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "an_ended_task_owns_its_sandbox",
+        f"{STORE}/tasks.py",
+        "where(rows.task_id == task_id, self._unfinished(), owned).exists()",
+        "where(rows.task_id == task_id, owned).exists()",
+        (f"{WORKERS}::test_a_sandbox_belongs_to_a_task_by_its_id_or_by_the_nonce[sqlite]",),
+        fast=False,
+        seen_by_model=True,
+    ),
+    # -- the worker --------------------------------------------------------------------------------------------------
+    Mutant(
+        "never_adopt",
+        f"{QUEUE}/run.py",
+        "(Phase.AGENT, Phase.SAVE, Phase.VERIFY):\n                self.sandbox, ",
+        "():\n                self.sandbox, ",
+        (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[sqlite]",),
+        fast=False,
+    ),
+    Mutant(
+        "the_old_sandbox_lives_on",
+        f"{QUEUE}/run.py",
+        "                return True\n            sandbox.kill()\n",
+        "                return True\n",
+        (f"{LEASES}::test_a_sandbox_without_an_agent_is_gone_before_another_is_made[left_by_id]",),
+    ),
+    Mutant(
+        "what_carries_the_nonce_lives_on",
+        f"{QUEUE}/run.py",
+        "                provider.connect(info.id).kill()\n        return False",
+        "                provider.connect(info.id)\n        return False",
+        (f"{LEASES}::test_a_sandbox_without_an_agent_is_gone_before_another_is_made[left_by_nonce]",),
+    ),
+    Mutant(
+        "a_worker_that_cannot_renew_goes_on",
+        f"{QUEUE}/lease.py",
+        "if self._lost or time.monotonic() - self._renewed > self._timers.let_go_s:",
+        "if self._lost:",
+        (f"{LEASES}::test_a_lease_that_cannot_be_renewed_is_let_go_of_before_it_ends",),
+    ),
+    Mutant(
+        "no_heartbeat",
+        f"{QUEUE}/lease.py",
+        "if time.monotonic() - self._renewed >= self._timers.heartbeat_s:",
+        "if False:",
+        (f"{LEASES}::test_a_heartbeat_keeps_a_lease_for_as_long_as_it_is_wanted",),
+    ),
+    Mutant(
+        "a_stop_ends_the_task",
+        f"{QUEUE}/run.py",
+        "    except Draining:\n        give_back(worker, claim)\n",
+        "    except Draining:\n        give_up(worker, claim)\n",
+        (f"{PROCESSES}::test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on[sqlite-SIGTERM]",),
+        fast=False,
+    ),
+    Mutant(
+        "a_stop_keeps_the_lease",
+        f"{QUEUE}/run.py",
+        "    except Draining:\n        give_back(worker, claim)\n",
+        "    except Draining:\n",
+        (f"{PROCESSES}::test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on[sqlite-SIGTERM]",),
+        fast=False,
+    ),
+)

@@ -1,0 +1,103 @@
+"""What must hold after every fault: no task lost, no agent twice, no line lost or doubled, nothing left over."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cloudagent_storage.records import LOCAL_ACCOUNT, Task, TaskStatus
+from cloudagent_storage.store.tasks import POISONED
+
+if TYPE_CHECKING:
+    from tests.support.installation import Installation
+
+LAST_WORDS = re.compile(rf"(Completed|Failed|Cancelled)\b|{re.escape(POISONED.message)}$")
+"""How the last line of the log of every task begins that has ended."""
+
+
+def wrong_with(installation: Installation, ended: Mapping[str, str]) -> list[str]:
+    """All that is wrong, a line each. `ended` names the tasks that did not complete; see `Installation.check`."""
+    tasks = installation.tasks()
+    wrong = [f"{task_id} was accepted and is lost" for task_id in installation.accepted if task_id not in tasks]
+    for task in tasks.values():
+        found = [*_ending(task, ended.get(task.task_id, "completed")), *_log(installation, task)]
+        wrong += [f"{task.task_id}: {what}" for what in [*found, *_agent(installation, task)]]
+    wrong += [f"there is a process left over: {pid}, {command}" for pid, command in leftover_processes(installation)]
+    for host in sorted(installation.hosts):
+        sandboxes = installation.home(host) / "sandboxes"
+        wrong += [f"there is a sandbox left over: {path}" for path in sandboxes.glob("*")]
+        wrong += [f"there is a sandbox left over: {path}" for path in sandboxes.glob(".*")]
+    return wrong
+
+
+def _ending(task: Task, expected: str) -> Iterator[str]:
+    if not task.status.terminal:
+        yield f"it has not ended: {task.status}, {task.phase}, attempt {task.attempt}"
+        return
+    how = task.status.value if task.error is None or task.status is TaskStatus.CANCELLED else task.error.code
+    if expected not in (how, "any"):
+        yield f"it should have ended as {expected} and did as {how}"
+    if task.completed_at is None or task.phase is not None:
+        yield "it has ended and does not look like it"
+
+
+def _log(installation: Installation, task: Task) -> Iterator[str]:
+    lines = installation.store.events.list(LOCAL_ACCOUNT, task.task_id, limit=1_000_000, raw=True).lines
+    if [line.seq for line in lines] != list(range(1, len(lines) + 1)):
+        yield f"its log has a gap: {[line.seq for line in lines]}"
+    numbers = [line.raw["number"] for line in lines if line.raw is not None and "number" in line.raw]
+    if numbers != list(range(len(numbers))):
+        yield f"lines of its agent are lost, doubled or out of order: {numbers}"
+    ends = installation.journal(task.task_id, "end")
+    if task.status is TaskStatus.COMPLETED and [end["events"] for end in ends] != [len(numbers)]:
+        yield f"its agent wrote {[end['events'] for end in ends]} lines, and its log has {len(numbers)}"
+    last_words = [line.seq for line in lines if line.kind in ("status", "error") and LAST_WORDS.match(line.message)]
+    if task.status is TaskStatus.COMPLETED and last_words != [len(lines)]:
+        yield f"the lines that say that it ended are {last_words} of {len(lines)}"
+    if len(last_words) > 1:
+        yield f"it ended more than once: {last_words}"
+
+
+def _agent(installation: Installation, task: Task) -> Iterator[str]:
+    journal = installation.journal(task.task_id)
+    if any(line["what"] == "overlap" for line in journal):
+        yield "two agents lived at once"
+    starts = [line["sandbox"] for line in journal if line["what"] == "start"]
+    if len(starts) > 1:
+        yield f"its agent was started {len(starts)} times: {starts}"
+    steps = [line["step"] for line in journal if line["what"] == "call"]
+    if steps != list(range(len(steps))):
+        yield f"calls were repeated or left out: {steps}"
+    if task.status is TaskStatus.COMPLETED:
+        artifacts = None if task.result is None else task.result.artifacts
+        changed = 0 if artifacts is None else artifacts.files_changed
+        if not steps or changed != len(steps):
+            yield f"its agent wrote {len(steps)} files, and its result has {changed}"
+
+
+def leftover_processes(installation: Installation) -> list[tuple[int, str]]:
+    """Living processes of any sandbox of this installation, by their environment: pid and command."""
+    marks = [str(installation.folder).encode()]
+    for path in installation.journal_folder.glob("*.jsonl"):
+        marks += [line["sandbox"].encode() for line in installation.journal(path.stem)]
+    found: list[tuple[int, str]] = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):  # gone meanwhile
+                environment = (folder / "environ").read_bytes()
+                if b"CLOUDAGENT_SANDBOX=" in environment and any(mark in environment for mark in marks):
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found.append((int(folder.name), command))
+    return found
+
+
+def kill_leftovers(installation: Installation) -> None:
+    """End them, where a test failed."""
+    for pid, _ in leftover_processes(installation):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

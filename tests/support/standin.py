@@ -1,0 +1,48 @@
+"""A stand-in for Claude Code that costs one small process, and writes down what it does where a test can read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from cloudagent_queue.agents import RUN_FOLDER
+from cloudagent_queue.sandboxes import Sandbox
+from cloudagent_storage.records import TaskSpec
+
+PROGRAM = Path(__file__).with_name("standin_program.py")
+
+
+class StandIn:
+    """The agent `claude` of a test's installation. Its prompt is JSON, see `standin_program.py`."""
+
+    journal: ClassVar[Path]
+    """The folder with a journal and a lock for each task; set by the program that starts a worker."""
+
+    name = "claude"
+    environment: Sequence[str] = ("ANTHROPIC_API_KEY",)
+
+    def check_credential(self, env: Mapping[str, str]) -> None: ...
+
+    def secrets(self, env: Mapping[str, str]) -> Sequence[str]:
+        return ()
+
+    def install(self, sandbox: Sandbox, spec: TaskSpec, *, request: Mapping[str, Any]) -> None:
+        # A provider of this machine keeps a sandbox's metadata above its root.
+        folder: Path = cast(Any, sandbox)._folder
+        about = json.loads((folder / "meta.json").read_text())
+        whole = {**request, "journal": str(self.journal), "task": about["metadata"]["task"], "sandbox": sandbox.id}
+        sandbox.write(f"{RUN_FOLDER}/agent.py", PROGRAM.read_bytes())
+        sandbox.write(f"{RUN_FOLDER}/request.json", json.dumps(whole).encode())
+
+    def start(self, sandbox: Sandbox, *, env: Mapping[str, str]) -> None:
+        # The journal's folder is in its environment, so that a process that is left over can be told from others'.
+        marked = {"STANDIN_JOURNAL": str(self.journal)}
+        sandbox.start([sandbox.python, "-I", "-S", f"{RUN_FOLDER}/agent.py"], env=marked)
+
+    def tell(self, sandbox: Sandbox, message_id: str, message: Mapping[str, Any]) -> None:
+        sandbox.write(f"{RUN_FOLDER}/inbox/{message_id}.json", json.dumps(message).encode())
+
+    def session(self, sandbox: Sandbox) -> bytes | None:
+        return None

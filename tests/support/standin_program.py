@@ -1,0 +1,140 @@
+"""What the stand-in starts in a sandbox: an agent that takes steps and leaves a trace. Standard library only.
+
+The prompt is a JSON object; all of it may be left out:
+
+    steps, step_s       how many steps (10), and how long each takes (0.1). A step is what would be a call of the model:
+                        one line in the journal, then one file in the repository, then one event
+    events              how many events a step writes (1)
+    pad                 how many more characters each event has (0)
+    gate                before the last step, wait until a file of this name is in the journal's folder
+    die_at              the step at which it kills itself, without a result
+    hang_at             the step at which it says nothing more, though it obeys a stop
+    ignore_stop         it does not obey
+    die_worker          the step from which on it kills every worker that follows it, and says nothing more
+
+The journal is `<folder>/<task>.jsonl`. Each line has `what`, `pid`, `sandbox` and `at`, the machine's monotonic time:
+`start`, `call` (with `step`), `killed_worker`, `stop`, `end` (with `outcome` and `events`), and `overlap` instead of
+`start` where another agent of the same task lives, which is known by a lock that an agent holds for its life.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+OVERLAP = 75
+
+
+class Agent:
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.prompt: dict[str, Any] = json.loads(request["prompt"])
+        self.folder = Path(request["journal"])
+        self.task: str = request["task"]
+        self.sandbox: str = request["sandbox"]
+        self.repository = Path(request["cwd"])
+        self.journal = os.open(self.folder / f"{self.task}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.log = os.open("run/events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.events = 0
+        self.stopped = False
+
+    def note(self, what: str, **more: Any) -> None:
+        line = {"what": what, "pid": os.getpid(), "sandbox": self.sandbox, "at": time.monotonic(), **more}
+        os.write(self.journal, json.dumps(line).encode() + b"\n")
+
+    def run(self) -> None:
+        # Kept open until the process is gone, and so the lock.
+        lock = os.open(self.folder / f"{self.task}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.note("overlap")
+            os._exit(OVERLAP)
+        self.note("start")
+        steps = int(self.prompt.get("steps", 10))
+        for step in range(steps):
+            if step == steps - 1 and (gate := self.prompt.get("gate")):
+                while not (self.folder / gate).exists() and not self.stopped:
+                    self.rest(0.02)
+            if self.stopped:
+                break
+            self.take(step)
+        outcome = "stopped" if self.stopped else "completed"
+        self.note("end", outcome=outcome, events=self.events)
+        result: dict[str, Any] = {
+            "outcome": outcome,
+            "error": None,
+            "summary": f"{steps} steps",
+            "model": "stand-in",
+            "usage": {},
+        }
+        fresh = Path("run/result.json.new")
+        fresh.write_text(json.dumps(result))
+        fresh.replace("run/result.json")
+
+    def take(self, step: int) -> None:
+        if step == self.prompt.get("die_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        while step == self.prompt.get("hang_at") and not self.stopped:
+            self.rest(0.05)
+        if step == self.prompt.get("die_worker"):
+            self.kill_workers()
+        self.note("call", step=step)
+        (self.repository / f"step_{step}.txt").write_text(f"step {step}\n")
+        for _ in range(int(self.prompt.get("events", 1))):
+            self.say(f"step {step}" + "." * int(self.prompt.get("pad", 0)))
+        self.rest(float(self.prompt.get("step_s", 0.1)))
+
+    def say(self, message: str) -> None:
+        event = {
+            "seq": self.events + 1,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "kind": "text",
+            "level": "info",
+            "message": message,
+            "raw": {"number": self.events},
+        }
+        self.events += 1
+        line = json.dumps(event).encode() + b"\n"
+        while line:
+            line = line[os.write(self.log, line) :]
+
+    def rest(self, seconds: float) -> None:
+        """Wait, and obey the inbox meanwhile."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self.look()
+            left = deadline - time.monotonic()
+            if left <= 0 or self.stopped:
+                return
+            time.sleep(min(0.05, left))
+
+    def look(self) -> None:
+        for file in sorted(Path("run/inbox").glob("*.json")):
+            if json.loads(file.read_bytes())["kind"] == "stop" and not self.prompt.get("ignore_stop"):
+                if not self.stopped:
+                    self.note("stop")
+                self.stopped = True
+
+    def kill_workers(self) -> None:
+        """Kill whoever begins to follow this task, one second later: by then it has read all that there is."""
+        notice = self.folder / f"{self.task}.follower"
+        while not self.stopped:
+            self.rest(0.05)
+            try:
+                pid = int(notice.read_text())
+                notice.unlink()
+            except (FileNotFoundError, ValueError):
+                continue
+            self.rest(1.0)
+            self.note("killed_worker", worker=pid)
+            os.killpg(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    Agent(json.loads(Path("run/request.json").read_bytes())).run()
