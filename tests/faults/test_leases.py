@@ -107,6 +107,7 @@ def test_a_sandbox_without_an_agent_is_gone_before_another_is_made(
     local_store.tasks.release(task_id, 1)
     worker = Worker(
         name="second",
+        place="here",
         store=local_store,
         keyring=Keyring([generate_key()]),
         open_provider=lambda _: provider,
@@ -117,7 +118,7 @@ def test_a_sandbox_without_an_agent_is_gone_before_another_is_made(
         stopping=threading.Event(),
         timers=FAST,
     )
-    run_task(worker, task_id)
+    assert run_task(worker)
     task = local_store.tasks.get(LOCAL_ACCOUNT, task_id)
     assert task.status is TaskStatus.FAILED and task.error is not None and task.error.code == "setup_failed"
     lines = [line.message.strip() for line in local_store.events.list(LOCAL_ACCOUNT, task_id).lines]

@@ -14,6 +14,7 @@ TASKS = "tests/contracts/test_store_tasks.py"
 LOG = "tests/contracts/test_store_log.py"
 LEASES = "tests/faults/test_leases.py"
 SWEEP = "tests/integration/test_worker.py"
+BACKLOG = "tests/contracts/test_store_backlog.py"
 PROCESSES = "tests/faults/test_workers.py"
 
 
@@ -72,23 +73,23 @@ MUTANTS = (
     # -- the claim -------------------------------------------------------------------------------------------------
     Mutant(
         "a_held_task_is_claimed",
-        f"{STORE}/tasks.py",
-        "expired = active & rows.lease_until.is_null(False) & (rows.lease_until < self._db.now)",
+        f"{STORE}/backlog.py",
+        "expired = active & rows.lease_until.is_null(False) & (rows.lease_until < db.now)",
         "expired = active & rows.lease_until.is_null(False)",
         (f"{WORKERS}::test_a_task_that_a_worker_has_is_not_to_be_had[sqlite]",),
         seen_by_model=True,
     ),
     Mutant(
         "a_dead_workers_task_is_never_claimed",
-        f"{STORE}/tasks.py",
-        "expired = active & rows.lease_until.is_null(False) & (rows.lease_until < self._db.now)",
+        f"{STORE}/backlog.py",
+        "expired = active & rows.lease_until.is_null(False) & (rows.lease_until < db.now)",
         "expired = active & rows.task_id.is_null()",
         (f"{WORKERS}::test_the_next_attempt_goes_on_where_the_last_one_stopped[sqlite]",),
         seen_by_model=True,
     ),
     Mutant(
         "an_ended_task_is_claimed",
-        f"{STORE}/tasks.py",
+        f"{STORE}/backlog.py",
         "released = active & rows.lease_until.is_null()",
         "released = rows.lease_until.is_null()",
         (f"{WORKERS}::test_the_end_of_a_task_is_one_step[sqlite]",),
@@ -96,25 +97,53 @@ MUTANTS = (
     ),
     Mutant(
         "a_claim_in_two_steps",
-        f"{STORE}/tasks.py",
-        """            row = change(
-                self._db,
-                task_id,
-                queued | released | expired,
+        f"{STORE}/backlog.py",
+        """    row = change(
+        db,
+        task_id,
+        queued | released | expired,
 """,
-        """            if not rows.select().where(rows.task_id == task_id, queued | released | expired).exists():
-                return None
-            row = change(
-                self._db,
-                task_id,
-                rows.task_id == task_id,
+        """    if not rows.select().where(rows.task_id == task_id, queued | released | expired).exists():
+        return None
+    row = change(
+        db,
+        task_id,
+        rows.task_id == task_id,
 """,
         (f"{WORKERS}::test_of_several_workers_on_several_stores_one_gets_the_task[postgres]",),
+    ),
+    Mutant(
+        "an_account_takes_more_than_it_may",
+        f"{STORE}/backlog.py",
+        "if running_max is not None and not self._has_room(account_id, running_max):",
+        "if False:",
+        (f"{BACKLOG}::test_an_account_never_has_more_tasks_running_than_it_may_however_many_claim_at_once[postgres]",),
+    ),
+    Mutant(
+        "the_first_account_takes_all",
+        f"{STORE}/backlog.py",
+        "waiting.sort(key=lambda found: (found.running, found.oldest_at))",
+        "waiting.sort(key=lambda found: found.oldest_at)",
+        (f"{BACKLOG}::test_an_account_with_a_thousand_waiting_does_not_keep_another_from_its_first[sqlite]",),
+    ),
+    Mutant(
+        "a_sandbox_of_another_machine_is_taken",
+        f"{STORE}/backlog.py",
+        "unheld, ours, self._ready()",
+        "unheld, self._ready()",
+        (f"{BACKLOG}::test_a_task_whose_sandbox_is_elsewhere_is_left_to_the_workers_there[sqlite]",),
+    ),
+    Mutant(
+        "nobody_is_told_of_a_change",
+        f"{STORE}/row.py",
+        "        db.announce(task_id)\n",
+        "        pass\n",
+        ("tests/contracts/test_store_changes.py::test_a_change_of_this_very_process_is_told_as_well[postgres]",),
     ),
     # -- lost leases -----------------------------------------------------------------------------------------------
     Mutant(
         "no_task_is_poisoned",
-        f"{STORE}/tasks.py",
+        f"{STORE}/backlog.py",
         "expired & (rows.lost_leases >= LOST_LEASES - 1)",
         "expired & (rows.lost_leases >= 1000)",
         (f"{WORKERS}::test_a_task_whose_third_lease_is_lost_without_progress_is_poisoned[sqlite]",),
@@ -122,7 +151,7 @@ MUTANTS = (
     ),
     Mutant(
         "poisoned_one_lease_early",
-        f"{STORE}/tasks.py",
+        f"{STORE}/backlog.py",
         "expired & (rows.lost_leases >= LOST_LEASES - 1)",
         "expired & (rows.lost_leases >= LOST_LEASES - 2)",
         (f"{WORKERS}::test_a_task_whose_third_lease_is_lost_without_progress_is_poisoned[sqlite]",),
@@ -131,7 +160,7 @@ MUTANTS = (
     ),
     Mutant(
         "lost_leases_are_not_counted",
-        f"{STORE}/tasks.py",
+        f"{STORE}/backlog.py",
         "lost_leases=Case(None, [(expired, rows.lost_leases + 1)], rows.lost_leases),",
         "lost_leases=rows.lost_leases,",
         (f"{WORKERS}::test_a_task_whose_third_lease_is_lost_without_progress_is_poisoned[sqlite]",),
@@ -149,8 +178,8 @@ MUTANTS = (
     Mutant(
         "a_release_counts_as_a_loss",
         f"{STORE}/tasks.py",
-        "change_held(self._db, task_id, attempt, lines=lines, owner=None, lease_until=None, rung_at=None)",
-        "change_held(self._db, task_id, attempt, lines=lines, owner=None, lease_until=self._db.now, rung_at=None)",
+        '{"owner": None, "lease_until": None, "rung_at": None}',
+        '{"owner": None, "lease_until": self._db.now, "rung_at": None}',
         (f"{WORKERS}::test_a_task_that_is_given_back_can_be_had_at_once_and_loses_no_lease[sqlite]",),
         fast=False,
         seen_by_model=True,
@@ -230,8 +259,8 @@ MUTANTS = (
     ),
     Mutant(
         "credentials_outlive_their_task",
-        f"{STORE}/tasks.py",
-        '            "credentials": None,\n',
+        f"{STORE}/row.py",
+        '        "credentials": None,\n',
         "",
         (f"{WORKERS}::test_a_task_that_has_ended_keeps_no_credentials[sqlite]",),
         seen_by_model=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloudagent_storage.records import LOCAL_ACCOUNT, Task, TaskStatus
-from cloudagent_storage.store.tasks import POISONED
+from cloudagent_storage.store.backlog import POISONED
 
 if TYPE_CHECKING:
     from tests.support.installation import Installation
