@@ -56,7 +56,7 @@ def work(
         provider = functools.cache(functools.partial(_provider, app))
         worker = Worker(
             name=f"{socket.gethostname()}/{os.getpid()}",
-            place=place_of(settings.cloudagent_home / "sandboxes"),
+            place=place_of(settings.cloudagent_home),
             store=app.store,
             keyring=settings.keyring,
             open_provider=provider,

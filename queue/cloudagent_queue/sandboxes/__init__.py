@@ -142,15 +142,15 @@ PROVIDERS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def place_of(folder: Path) -> str:
-    """The name of a place, which is kept in a folder there; one is made where there is none.
+def place_of(data_folder: Path) -> str:
+    """The name of a place: of a data folder on a machine. It is kept there; one is made where there is none.
 
     Raises `SandboxUnavailable`.
     """
-    path = folder / "place"
-    draft = folder / f".place_{secrets.token_hex(8)}"
+    path = data_folder / "place"
+    draft = data_folder / f".place_{secrets.token_hex(8)}"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
             draft.write_text(f"{socket.gethostname()}-{secrets.token_hex(4)}")
             with contextlib.suppress(FileExistsError):

@@ -313,7 +313,7 @@ class _FolderProvider(ABC):
 
     @property
     def place(self) -> str:
-        return place_of(self._folder)
+        return place_of(self._folder.parent)
 
     def create(self, *, metadata: Mapping[str, str]) -> LocalSandbox:
         self.self_check()
