@@ -108,11 +108,19 @@ def run_task(worker: Worker, task_id: str) -> None:
 
 
 def give_back(worker: Worker, claim: Claim) -> None:
-    """Let another attempt go on; the sweeper rings for it. Where even that fails, the lease runs out by itself."""
-    try:
-        worker.store.tasks.release(claim.task.task_id, claim.attempt)
-    except CloudAgentError as error:
-        log.warning("could not release %s: %s", claim.task.task_id, error)
+    """Let another attempt go on; the sweeper rings for it.
+
+    A database that is away is waited for: else, once it is back, nobody could follow the task, or cancel it, before
+    the lease has run out.
+    """
+    while True:
+        try:
+            worker.store.tasks.release(claim.task.task_id, claim.attempt)
+            return
+        except CloudAgentError as error:
+            if not isinstance(error, DatabaseUnavailable) or worker.stopping.wait(worker.timers.signals_s):
+                log.warning("could not release %s: %s", claim.task.task_id, error)
+                return
 
 
 def give_up(worker: Worker, claim: Claim) -> None:
