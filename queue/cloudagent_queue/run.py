@@ -125,7 +125,7 @@ def run_task(worker: Worker) -> bool:
         worker.ring(task_id)
     except (SandboxUnreachable, DatabaseUnavailable) as reason:
         log.warning("%s has to wait: %s", task_id, reason)
-        give_back(worker, claim, pause_s=worker.timers.pause_s)
+        give_back(worker, claim, pause_s=worker.timers.pause_s if isinstance(reason, SandboxUnreachable) else 0)
     except Exception:
         log.exception("%s failed in a way that nobody foresaw", task_id)
         give_up(worker, claim)
@@ -133,11 +133,19 @@ def run_task(worker: Worker) -> bool:
 
 
 def give_back(worker: Worker, claim: Claim, *, pause_s: float = 0) -> None:
-    """Let another attempt go on; the sweeper rings for it. Where even that fails, the lease runs out by itself."""
-    try:
-        worker.store.tasks.release(claim.task.task_id, claim.attempt, pause_s=pause_s)
-    except CloudAgentError as error:
-        log.warning("could not release %s: %s", claim.task.task_id, error)
+    """Let another attempt go on, after `pause_s`; the sweeper rings for it.
+
+    A database that is away is waited for: else, once it is back, nobody could follow the task, or cancel it, before
+    the lease has run out.
+    """
+    while True:
+        try:
+            worker.store.tasks.release(claim.task.task_id, claim.attempt, pause_s=pause_s)
+            return
+        except CloudAgentError as error:
+            if not isinstance(error, DatabaseUnavailable) or worker.stopping.wait(worker.timers.signals_s):
+                log.warning("could not release %s: %s", claim.task.task_id, error)
+                return
 
 
 def give_up(worker: Worker, claim: Claim) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.failpoints import Failpoint
 from tests.support.installation import Installation
+from tests.support.worlds import until
 
 TASKS = "cloudagent_storage.store.tasks:Tasks"
 EVENTS = "cloudagent_storage.store.events:Events"
@@ -20,7 +21,7 @@ PROCESSES = "cloudagent_queue.sandboxes.processes"
 
 STEPS: dict[str, tuple[str, int]] = {
     # What a worker calls for a task with a set-up and a verify command, in order: the place and how many such calls.
-    "claim": (f"{TASKS}.claim", 1),
+    "claim": ("cloudagent_storage.store.backlog:Backlog.claim_next", 1),
     # sandbox, nonce, sandbox's id, repository, base, setup, agent, save, verify, model
     "update": (f"{TASKS}.update", 10),
     "create": (f"{PROVIDER}.create", 1),
@@ -83,6 +84,24 @@ def test_a_worker_is_killed_at_any_step_and_the_task_completes(
     installation.conclude()
     assert installation.task(task).verdict == "passed"
     assert installation.attempts(task) <= 2
+
+
+@pytest.mark.full
+def test_a_sandbox_whose_id_was_never_stored_is_gone_before_there_is_another(installation: Installation) -> None:
+    kills = Failpoint(f"{PROVIDER}.create", "after")
+    freezes = Failpoint(f"{PROVIDER}.create", "after", action="freeze")
+    worker = installation.start_worker(failpoints=[kills])
+    installation.submit(steps=4)
+    assert worker.wait() == -signal.SIGKILL and installation.fired(kills)
+    (provider,) = installation.providers().values()
+    (lost,) = provider.list({})
+    installation.settle()  # its first sweep is to find a task that wants a worker; there is no second
+    worker = installation.start_worker(failpoints=[freezes], sweep_s=60)
+    until(lambda: installation.fired(freezes) and worker.is_frozen(), "the next attempt has its own", 60)
+    (found,) = provider.list({})
+    assert found.id != lost.id
+    worker.thaw()
+    installation.conclude()
 
 
 @pytest.mark.full

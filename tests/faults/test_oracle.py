@@ -137,7 +137,7 @@ def test_two_agents_of_one_task_cannot_go_unseen(make_installation: Callable[...
 
 def test_a_failpoint_says_that_it_fired_and_fires_once(make_installation: Callable[..., Installation]) -> None:
     installation = make_installation()
-    failpoint = Failpoint("cloudagent_storage.store.tasks:Tasks.claim", "after")
+    failpoint = Failpoint("cloudagent_storage.store.backlog:Backlog.claim_next", "after")
     first = installation.start_worker(failpoints=[failpoint])
     assert not installation.fired(failpoint)
     installation.submit(steps=2, step_s=0)

@@ -7,9 +7,7 @@ with its servers, workers and clients, and may swallow packets or fill a disk.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable
@@ -46,18 +44,6 @@ def apart(body: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return answers[0]
-
-
-@functools.cache
-def possible() -> bool:
-    """May this user do so, and are the programs there?"""
-    if shutil.which("ip") is None:
-        return False
-    try:
-        apart(_make_hole)
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    return True
 
 
 def mount_small(folder: Path, size: int) -> None:
