@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cloudagent_mcp import __version__
 from cloudagent_mcp.operations import Caller, Operation, operations_of
+from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage.errors import CloudAgentError
@@ -64,8 +65,19 @@ class App:
         )
 
     @cached_property
+    def schedules(self) -> Schedules:
+        return Schedules(
+            lambda: self.store,
+            lambda: self.settings.keyring,
+            submit_task=operations_of(self.tasks)["submit_task"],
+            providers=self.providers,
+            ring=self.ring,
+            ensure_worker=self.ensure_worker,
+        )
+
+    @cached_property
     def operations(self) -> dict[str, Operation]:
-        return operations_of(self.tasks)
+        return operations_of(self.tasks, self.schedules)
 
     def local_caller(self) -> Caller:
         """The user of this machine, working in the current folder."""

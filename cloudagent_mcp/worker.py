@@ -40,6 +40,7 @@ def work(
     queue does not answer, or may drop messages when its memory is full.
     """
     stopping = stopping or threading.Event()
+    wake = threading.Event()
     settings = app.settings
     settings.make_home()
     app.queue.check()
@@ -72,9 +73,12 @@ def work(
                     app.store,
                     app.queue,
                     [functools.partial(provider, name) for name in app.providers],
+                    keyring=worker.keyring,
+                    ring=worker.ring,
                     deployment=worker.deployment,
                     timers=timers,
                     stopping=stopping,
+                    wake=wake,
                 ),
                 name="sweeper",
                 daemon=True,
@@ -88,7 +92,7 @@ def work(
         count = concurrency or settings.worker_concurrency
         log.info("worker %s of version %s takes up to %d tasks at once", worker.name, __version__, count)
         run = functools.partial(run_task, worker)
-        if not app.queue.consume(run, concurrency=count, stopping=stopping, grace_s=timers.drain_s):
+        if not app.queue.consume(run, concurrency=count, stopping=stopping, grace_s=timers.drain_s, tick=wake.set):
             log.warning("some tasks did not let go in time; their leases run out by themselves")
         log.info("worker %s stops", worker.name)
 

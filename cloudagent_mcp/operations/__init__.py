@@ -29,6 +29,8 @@ from cloudagent_storage.errors import (
 )
 from cloudagent_storage.records import LOCAL_ACCOUNT
 
+Method = Literal["GET", "POST", "PATCH", "DELETE"]
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -49,7 +51,7 @@ class Caller:
 class Marked:
     """What `@operation` says of a method."""
 
-    method: Literal["GET", "POST"]
+    method: Method
     path: str
     title: str
     read_only: bool
@@ -85,7 +87,7 @@ class Operation:
 
 
 def operation(
-    method: Literal["GET", "POST"],
+    method: Method,
     path: str,
     *,
     title: str,

@@ -15,6 +15,7 @@ from peewee import (
     BigAutoField,
     BigIntegerField,
     BlobField,
+    BooleanField,
     CharField,
     CompositeKey,
     Database,
@@ -140,6 +141,7 @@ class TaskRow(Model):
             (("account_id", "created_at", "task_id"), False),
             (("status",), False),
             (("account_id", "idempotency_key"), True),
+            (("schedule_id", "status"), False),
         )
 
 
@@ -181,6 +183,39 @@ class MessageRow(Model):
         indexes = ((("task_id", "number"), False),)
 
 
+class ScheduleRow(Model):
+    schedule_id = CharField(40, primary_key=True)
+    account_id = CharField(64)
+    name = Text()
+    cron = Text()
+    timezone = Text()
+    enabled = BooleanField(default=True)
+    spec = Json()
+    credentials = BlobField(null=True)
+    """Sealed, and bound to the schedule's id."""
+    created_at = Utc()
+    updated_at = Utc()
+    next_due_at = Utc(null=True)
+    """The due time that nobody has answered yet; null while the schedule is paused."""
+    revision = IntegerField(default=0)
+    """Raised by each change that a user makes: nothing is fired as it was before."""
+
+    class Meta:
+        indexes = ((("account_id", "created_at", "schedule_id"), False), (("next_due_at",), False))
+
+
+class ScheduleRunRow(Model):
+    schedule_id = CharField(40)
+    due_at = Utc()
+    outcome = CharField(16)
+    reason = Text(null=True)
+    task_id = CharField(40, null=True)
+    created_at = Utc()
+
+    class Meta:
+        primary_key = CompositeKey("schedule_id", "due_at")
+
+
 M = TypeVar("M", bound=Model)
 
 
@@ -199,7 +234,12 @@ class Tables:
         self.events = bound(EventRow, "events")
         self.blobs = bound(BlobRow, "blobs")
         self.messages = bound(MessageRow, "messages")
+        self.schedules = bound(ScheduleRow, "schedules")
+        self.schedule_runs = bound(ScheduleRunRow, "schedule_runs")
 
     @property
     def all(self) -> tuple[type[Model], ...]:
-        return (self.accounts, self.tasks, self.events, self.blobs, self.messages)
+        return (
+            *(self.accounts, self.tasks, self.events, self.blobs, self.messages),
+            *(self.schedules, self.schedule_runs),
+        )

@@ -100,6 +100,7 @@ class Tasks:
         blobs: Mapping[BlobKind, bytes] | None = None,
         lines: Sequence[EventDraft] = (),
         idempotency: Idempotency | None = None,
+        schedule_id: str | None = None,
     ) -> Task:
         """Keep a new task, with all that belongs to it, in one step.
 
@@ -120,6 +121,7 @@ class Tasks:
                 repository=spec.repository,
                 tags=list(spec.tags),
                 base_sha=base_sha,
+                schedule_id=schedule_id,
                 credentials=credentials,
                 created_at=self._db.now_in_list(account_id),
                 last_seq=len(lines),
