@@ -29,6 +29,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print what REST answers, as one JSON document.")
 task_id = click.argument("task_id", metavar="TASK")
+schedule_name = click.argument("name", metavar="SCHEDULE")
 
 
 def main() -> None:
@@ -85,6 +86,30 @@ def ca() -> None:
     """Hand coding tasks to remote agents, each in a sandbox, and bring their work home."""
 
 
+def task_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a task may be given, wherever one is described."""
+    for option in reversed(TASK_OPTIONS):
+        command = option(command)
+    return command
+
+
+TASK_OPTIONS = (
+    click.option(
+        "--repository", help="https, ssh or git@ address, a folder, or none. Default: the repository you are in."
+    ),
+    click.option("--base-ref", help="Branch, tag or commit to start from. Default: your working tree as it is."),
+    click.option("--title", help="A short name."),
+    click.option("--model", help="Model for the agent."),
+    click.option("--verify", help="Shell command that passes if the result is right; run in a clean checkout."),
+    click.option("--setup", help="Shell command that is run in the repository before the agent."),
+    click.option("--timeout-minutes", type=float, help="How long the agent may run (60)."),
+    click.option("--max-turns", type=int, help="How many turns it may take."),
+    click.option("--max-budget-usd", type=float, help="What it may spend."),
+    click.option("--provider", help="Where its sandbox comes from."),
+    click.option("--tag", "tags", multiple=True, help="A word to find it by; may be given several times."),
+)
+
+
 # -- tasks ------------------------------------------------------------------------------------------------------------
 
 
@@ -95,17 +120,7 @@ def task() -> None:
 
 @task.command()
 @click.argument("prompt")
-@click.option("--repository", help="https, ssh or git@ address, a folder, or none. Default: the repository you are in.")
-@click.option("--base-ref", help="Branch, tag or commit to start from. Default: your working tree as it is.")
-@click.option("--title", help="A short name.")
-@click.option("--model", help="Model for the agent.")
-@click.option("--verify", help="Shell command that passes if the result is right; run in a clean checkout.")
-@click.option("--setup", help="Shell command that is run in the repository before the agent.")
-@click.option("--timeout-minutes", type=float, help="How long the agent may run (60).")
-@click.option("--max-turns", type=int, help="How many turns it may take.")
-@click.option("--max-budget-usd", type=float, help="What it may spend.")
-@click.option("--provider", help="Where its sandbox comes from.")
-@click.option("--tag", "tags", multiple=True, help="A word to find it by; may be given several times.")
+@task_options
 @click.option("--idempotency-key", help="Repeating the command with the same key is still one task.")
 @click.option("--watch", is_flag=True, help="Then watch it to its end.")
 @as_json
@@ -113,9 +128,8 @@ def create(prompt: str, tags: tuple[str, ...], watch: bool, as_json: bool, **opt
     """Submit a task. PROMPT is what the agent should do; - reads it from standard input."""
     if prompt == "-":
         prompt = sys.stdin.read()
-    given = {name: value for name, value in options.items() if value is not None}
     with client() as api:
-        created = api.call("submit_task", prompt=prompt, tags=list(tags), **given)
+        created = api.call("submit_task", prompt=prompt, tags=list(tags), **_given(options))
         if as_json and not watch:
             click.echo(json.dumps(created))
             return
@@ -131,13 +145,16 @@ def create(prompt: str, tags: tuple[str, ...], watch: bool, as_json: bool, **opt
 @click.option("--status", type=click.Choice(["queued", "running", "waiting", "completed", "failed", "cancelled"]))
 @click.option("--repository")
 @click.option("--tag")
+@click.option("--schedule", "schedule_id", help="Only those that this schedule submitted.")
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
 @click.option("--cursor", help="next_cursor of the list before.")
 @as_json
 def list_tasks(as_json: bool, **options: Any) -> None:
     """List tasks, newest first."""
     with client() as api:
-        page = api.call("list_tasks", **{name: value for name, value in options.items() if value is not None})
+        if options["schedule_id"]:
+            options["schedule_id"] = _schedule(api, options["schedule_id"])
+        page = api.call("list_tasks", **_given(options))
     _print(page, as_json, "show_list")
 
 
@@ -295,6 +312,123 @@ def _print(answer: dict[str, Any], as_json: bool, how: str) -> None:
     show(answer)
 
 
+# -- schedules --------------------------------------------------------------------------------------------------------
+
+
+@ca.group()
+def schedule() -> None:
+    """Submit tasks at the times of a cron line. A schedule is named by its name, its id, or any beginning of that."""
+
+
+@schedule.command("create")
+@click.argument("name")
+@click.argument("cron")
+@click.argument("prompt")
+@click.option("--timezone", help="The time zone of CRON, such as Europe/Berlin (UTC).")
+@task_options
+@as_json
+def create_schedule(
+    name: str, cron: str, prompt: str, timezone: str | None, tags: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
+    """Create a schedule. CRON has five fields, such as "0 3 * * 1-5"; PROMPT is what the agent should do each time."""
+    task = {"prompt": prompt, "tags": list(tags), **_given(options)}
+    with client() as api:
+        created = api.call("create_schedule", name=name, cron=cron, task=task, **_given({"timezone": timezone}))
+    _print(created, as_json, "show_schedule")
+
+
+@schedule.command("list")
+@as_json
+def list_schedules(as_json: bool) -> None:
+    """List schedules, their next due times, and what became of the last ones."""
+    with client() as api:
+        found = api.call("list_schedules")
+    _print(found, as_json, "show_schedules")
+
+
+@schedule.command("show")
+@schedule_name
+@as_json
+def show_schedule(name: str, as_json: bool) -> None:
+    """Show a schedule: its task, its next due times, and what became of the last ones."""
+    _on_schedule("get_schedule", name, as_json)
+
+
+@schedule.command("update")
+@schedule_name
+@click.option("--name", "new_name", help="Another name.")
+@click.option("--cron", help="Another cron line.")
+@click.option("--timezone", help="Another time zone.")
+@click.option("--prompt", help="What the agent should do each time.")
+@task_options
+@as_json
+def update_schedule(
+    name: str,
+    new_name: str | None,
+    cron: str | None,
+    timezone: str | None,
+    tags: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Change a schedule. With an option of its task, or with none at all, it also takes your credential anew."""
+    task = {**_given(options), **({"tags": list(tags)} if tags else {})}
+    changes = _given({"name": new_name, "cron": cron, "timezone": timezone})
+    if task or not changes:
+        changes["task"] = task
+    _on_schedule("update_schedule", name, as_json, changes=changes)
+
+
+@schedule.command()
+@schedule_name
+@as_json
+def pause(name: str, as_json: bool) -> None:
+    """Let a schedule submit nothing until it is resumed."""
+    _on_schedule("update_schedule", name, as_json, changes={"enabled": False})
+
+
+@schedule.command()
+@schedule_name
+@as_json
+def resume(name: str, as_json: bool) -> None:
+    """Go on with a schedule that was paused, from its next due time on."""
+    _on_schedule("update_schedule", name, as_json, changes={"enabled": True})
+
+
+@schedule.command()
+@schedule_name
+@as_json
+def delete(name: str, as_json: bool) -> None:
+    """Remove a schedule. The tasks that it submitted stay, and go on."""
+    _on_schedule("delete_schedule", name, as_json, how="show_deleted")
+
+
+@schedule.command()
+@schedule_name
+@as_json
+def run(name: str, as_json: bool) -> None:
+    """Submit a schedule's task now, also of a paused one."""
+    _on_schedule("run_schedule", name, as_json, how="show_ran")
+
+
+def _on_schedule(
+    operation: str, name: str, as_json: bool, *, changes: dict[str, Any] | None = None, how: str = "show_schedule"
+) -> None:
+    with client() as api:
+        answer = api.call(operation, schedule_id=_schedule(api, name), **(changes or {}))
+    _print(answer, as_json, how)
+
+
+def _schedule(api: Client, name: str) -> str:
+    from cloudagent_mcp.client import resolve_schedule
+
+    return resolve_schedule(api, name)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 # -- the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +499,8 @@ def worker(concurrency: int | None, embedded: bool) -> None:
     from cloudagent_mcp.worker import work
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It tells of each tick of its clock, and a worker may live for months.
+    logging.getLogger("huey").setLevel(logging.WARNING)
     work(App(Settings.read()), embedded=embedded, concurrency=concurrency)
 
 

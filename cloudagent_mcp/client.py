@@ -27,7 +27,7 @@ PAGES_SEARCHED = 10
 class Client(Protocol):
     """Calls operations by name; answers are what REST answers, as plain JSON values."""
 
-    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+    def call(self, name: str, /, **arguments: Any) -> dict[str, Any]:
         """Raises the errors of the error tree."""
         ...
 
@@ -97,7 +97,7 @@ class LocalClient:
         self._portal_context = start_blocking_portal()
         self._portal = self._portal_context.__enter__()
 
-    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+    def call(self, name: str, /, **arguments: Any) -> dict[str, Any]:
         operation = self._app.operations[name]
         call = functools.partial(operation.call, self._app.local_caller(), arguments)
         answer = self._portal.start_task_soon(call).result()
@@ -126,7 +126,7 @@ class HttpClient:
         )
         self._state_folder = settings.cloudagent_home / "apply"
 
-    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+    def call(self, name: str, /, **arguments: Any) -> dict[str, Any]:
         marked = MARKS[name]
         given = {key: value for key, value in arguments.items() if value is not None}
         path = marked.path.format(**given)
