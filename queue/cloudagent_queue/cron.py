@@ -86,7 +86,7 @@ def _fields(line: str) -> list[str]:
     if fields and fields[0].startswith("@"):
         raise InvalidCron("Names such as @hourly or @daily are not known.")
     if len(fields) != len(FIELDS):
-        raise InvalidCron(f"A cron line has {len(FIELDS)} fields, and this one has {len(fields)}.")
+        raise InvalidCron(f"A cron line has five fields, and this one has {len(fields)}.")
     for number, (name, field) in enumerate(zip(FIELDS, fields, strict=True), start=1):
         try:
             if not _FIELD.fullmatch(field):
