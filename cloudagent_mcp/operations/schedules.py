@@ -192,7 +192,10 @@ class Schedules:
             changes["name"] = name
         if task is not None:
             changes |= self._task_changes(caller, held, task)
-        times = Cron(cron or before.cron, timezone or before.timezone)
+        times = Cron(
+            before.cron if cron is None else cron,
+            before.timezone if timezone is None else timezone,
+        )
         runs = before.enabled if enabled is None else enabled
         if (times.line, times.timezone, runs) != (before.cron, before.timezone, before.enabled):
             changes |= {"cron": times.line, "timezone": times.timezone, "enabled": runs}
