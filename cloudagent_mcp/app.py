@@ -15,6 +15,7 @@ from cloudagent_mcp import __version__
 from cloudagent_mcp.operations import Caller, Operation, operations_of
 from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.credentials import Credentials
+from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage.errors import CloudAgentError
@@ -77,8 +78,20 @@ class App:
         )
 
     @cached_property
+    def schedules(self) -> Schedules:
+        return Schedules(
+            lambda: self.store,
+            lambda: self.settings.keyring,
+            submit_task=operations_of(self.tasks)["submit_task"],
+            providers=self.providers,
+            credentials=self.credentials,
+            ring=self.ring,
+            ensure_worker=self.ensure_worker,
+        )
+
+    @cached_property
     def operations(self) -> dict[str, Operation]:
-        return operations_of(self.tasks, Backlog(lambda: self.store))
+        return operations_of(self.tasks, self.schedules, Backlog(lambda: self.store))
 
     def local_caller(self) -> Caller:
         """The user of this machine, working in the current folder."""

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cloudagent_mcp.cli_schedules import schedule
+from cloudagent_mcp.cli_shared import as_json, client, given, print_answer, task_options
 from cloudagent_storage.errors import (
     CloudAgentError,
     CredentialMissing,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print what REST answers, as one JSON document.")
 task_id = click.argument("task_id", metavar="TASK")
 
 
@@ -70,18 +71,6 @@ def report(error: CloudAgentError) -> int:
     return EXIT_FAILED if isinstance(error, NotNow) else EXIT_USAGE
 
 
-@contextmanager
-def client() -> Generator[Client]:
-    from cloudagent_mcp.client import open_client
-    from cloudagent_mcp.settings import Settings
-
-    opened = open_client(Settings.read())
-    try:
-        yield opened
-    finally:
-        opened.close()
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="cloudagent-mcp", prog_name="ca")
 def ca() -> None:
@@ -98,18 +87,7 @@ def task() -> None:
 
 @task.command()
 @click.argument("prompt")
-@click.option("--repository", help="https, ssh or git@ address, a folder, or none. Default: the repository you are in.")
-@click.option("--base-ref", help="Branch, tag or commit to start from. Default: your working tree as it is.")
-@click.option("--title", help="A short name.")
-@click.option("--model", help="Model for the agent.")
-@click.option("--verify", help="Shell command that passes if the result is right; run in a clean checkout.")
-@click.option("--setup", help="Shell command that is run in the repository before the agent.")
-@click.option("--timeout-minutes", type=float, help="How long the agent may run (60).")
-@click.option("--max-turns", type=int, help="How many turns it may take.")
-@click.option("--max-budget-usd", type=float, help="What it may spend.")
-@click.option("--provider", help="Where its sandbox comes from.")
-@click.option("--tag", "tags", multiple=True, help="A word to find it by; may be given several times.")
-@click.option("--priority", type=click.Choice(["low", "normal", "high"]), help="Before which of your other tasks.")
+@task_options
 @click.option("--idempotency-key", help="Repeating the command with the same key is still one task.")
 @click.option(
     "--send-credentials",
@@ -124,14 +102,14 @@ def create(
     """Submit a task. PROMPT is what the agent should do; - reads it from standard input."""
     if prompt == "-":
         prompt = sys.stdin.read()
-    given = {name: value for name, value in options.items() if value is not None}
+    arguments = given(options)
     if send_credentials:
         from cloudagent_mcp.operations.credentials import arguments_of
         from cloudagent_mcp.settings import Settings
 
-        given |= arguments_of(Settings.read().environment)
+        arguments |= arguments_of(Settings.read().environment)
     with client() as api:
-        created = api.call("submit_task", prompt=prompt, tags=list(tags), **given)
+        created = api.call("submit_task", prompt=prompt, tags=list(tags), **arguments)
         if as_json and not watch:
             click.echo(json.dumps(created))
             return
@@ -147,14 +125,19 @@ def create(
 @click.option("--status", type=click.Choice(["queued", "running", "waiting", "completed", "failed", "cancelled"]))
 @click.option("--repository")
 @click.option("--tag")
+@click.option("--schedule", "schedule_id", help="Only those that this schedule submitted.")
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
 @click.option("--cursor", help="next_cursor of the list before.")
 @as_json
 def list_tasks(as_json: bool, **options: Any) -> None:
     """List tasks, newest first."""
     with client() as api:
-        page = api.call("list_tasks", **{name: value for name, value in options.items() if value is not None})
-    _print(page, as_json, "show_list")
+        if options["schedule_id"]:
+            from cloudagent_mcp.client import resolve_schedule
+
+            options["schedule_id"] = resolve_schedule(api, options["schedule_id"])
+        page = api.call("list_tasks", **given(options))
+    print_answer(page, as_json, "show_list")
 
 
 @task.command()
@@ -168,7 +151,7 @@ def show(task_ids: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps(tasks[0] if len(tasks) == 1 else tasks))
         return
     for found in tasks:
-        _print(found, False, "show_task")
+        print_answer(found, False, "show_task")
 
 
 @task.command()
@@ -223,7 +206,7 @@ def wait(task_ids: tuple[str, ...], any_: bool, timeout: float | None, as_json: 
             found = api.call("wait_tasks", task_ids=names, mode="any" if any_ else "all", timeout_seconds=left)
             if found["finished"] or (deadline is not None and time.monotonic() >= deadline):
                 break
-    _print(found, as_json, "show_list")
+    print_answer(found, as_json, "show_list")
     ended = [task for task in found["tasks"] if task["completed_at"]]
     sys.exit(max((exit_code(task) for task in ended), default=0) if found["finished"] else EXIT_FAILED)
 
@@ -237,7 +220,7 @@ def diff(task_id: str, path: str | None, stat_only: bool, as_json: bool) -> None
     """Show what a task changed. In a pipe it is a patch."""
     with client() as api:
         found = api.call("get_task_diff", task_id=api.resolve(task_id), path=path, stat_only=stat_only)
-    _print(found, as_json, "show_diff")
+    print_answer(found, as_json, "show_diff")
 
 
 directory = click.option(
@@ -258,7 +241,7 @@ def apply_(
     with client() as api:
         arguments = {"dry_run": dry_run, "allow_sensitive": list(allow_sensitive)}
         done = api.apply(api.resolve(task_id), **arguments, **_directory(directory))
-    _print(done, as_json, "show_applied")
+    print_answer(done, as_json, "show_applied")
 
 
 @task.command()
@@ -269,7 +252,7 @@ def undo(task_id: str, directory: Path | None, as_json: bool) -> None:
     """Take an applied result back, exactly."""
     with client() as api:
         done = api.apply(api.resolve(task_id), undo=True, **_directory(directory))
-    _print(done, as_json, "show_applied")
+    print_answer(done, as_json, "show_applied")
 
 
 @task.command()
@@ -283,7 +266,7 @@ def cancel(task_ids: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps(tasks[0] if len(tasks) == 1 else tasks))
         return
     for found in tasks:
-        _print(found, False, "show_cancelled")
+        print_answer(found, False, "show_cancelled")
 
 
 @task.command()
@@ -293,7 +276,7 @@ def retry(task_id: str, as_json: bool) -> None:
     """Try a task that has ended once more, as a new task."""
     with client() as api:
         created = api.call("retry_task", task_id=api.resolve(task_id))
-    _print(created, as_json, "show_created")
+    print_answer(created, as_json, "show_created")
 
 
 def exit_code(task: dict[str, Any]) -> int:
@@ -311,14 +294,7 @@ def _directory(directory: Path | None) -> dict[str, str]:
     return {} if directory is None else {"directory": str(directory.absolute())}
 
 
-def _print(answer: dict[str, Any], as_json: bool, how: str) -> None:
-    if as_json:
-        click.echo(json.dumps(answer))
-        return
-    from cloudagent_mcp import render
-
-    show: Callable[[dict[str, Any]], None] = getattr(render, how)
-    show(answer)
+ca.add_command(schedule)
 
 
 # -- the installation -------------------------------------------------------------------------------------------------
@@ -329,7 +305,7 @@ def _print(answer: dict[str, Any], as_json: bool, how: str) -> None:
 def queue(as_json: bool) -> None:
     """Show what waits, what runs where, the workers and the dead letters."""
     with client() as api:
-        _print(api.call("get_queue"), as_json, "show_queue")
+        print_answer(api.call("get_queue"), as_json, "show_queue")
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------
@@ -402,6 +378,8 @@ def worker(concurrency: int | None, embedded: bool) -> None:
     from cloudagent_mcp.worker import work
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It tells of each tick of its clock, and a worker may live for months.
+    logging.getLogger("huey").setLevel(logging.WARNING)
     work(App(Settings.read()), embedded=embedded, concurrency=concurrency)
 
 
@@ -444,7 +422,7 @@ def list_keys(as_json: bool) -> None:
     """List API keys, newest first."""
     with server_app() as app:
         keys = [found.model_dump(mode="json") for found in app.store.keys.list()]
-    _print({"keys": keys}, as_json, "show_keys")
+    print_answer({"keys": keys}, as_json, "show_keys")
 
 
 @key.command("revoke")
@@ -454,7 +432,7 @@ def revoke_keys(key_ids: tuple[str, ...], as_json: bool) -> None:
     """End API keys, named by their ids or any beginning of one that is unique. It works within seconds."""
     with server_app() as app:
         keys = [app.store.keys.revoke(name).model_dump(mode="json") for name in key_ids]
-    _print({"keys": keys}, as_json, "show_keys")
+    print_answer({"keys": keys}, as_json, "show_keys")
 
 
 @contextmanager

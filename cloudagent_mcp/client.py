@@ -15,19 +15,20 @@ from cloudagent_mcp import apply
 from cloudagent_mcp.app import App
 from cloudagent_mcp.operations import marks_of
 from cloudagent_mcp.operations.backlog import Backlog
+from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
 from cloudagent_storage.records import ID_LENGTH
 
-MARKS = marks_of(Tasks, Backlog)
+MARKS = marks_of(Tasks, Schedules, Backlog)
 PAGES_SEARCHED = 10
 
 
 class Client(Protocol):
     """Calls operations by name; answers are what REST answers, as plain JSON values."""
 
-    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+    def call(self, name: str, /, **arguments: Any) -> dict[str, Any]:
         """Raises the errors of the error tree."""
         ...
 
@@ -69,6 +70,26 @@ def log_lines(
             time.sleep(0.3)
 
 
+def resolve_schedule(api: Client, name: str) -> str:
+    """The id of the schedule of that id, name or unique beginning of an id, with or without `sch_`.
+
+    Raises `ScheduleNotFound`, and `AmbiguousId` when there are several.
+    """
+    schedules = api.call("list_schedules")["schedules"]
+    bare = name.removeprefix("sch_")
+    named = [found["schedule_id"] for found in schedules if name in (found["schedule_id"], found["name"])]
+    begun = [
+        found["schedule_id"] for found in schedules if len(bare) >= 4 and found["schedule_id"][4:].startswith(bare)
+    ]
+    match named or begun:
+        case [only]:
+            return only
+        case []:
+            raise errors.ScheduleNotFound()
+        case _:
+            raise errors.AmbiguousId("Several schedules are called so.", field="schedule_id")
+
+
 class LocalClient:
     """Works in this process, on the database of the data folder; the worker is a process of its own."""
 
@@ -77,7 +98,7 @@ class LocalClient:
         self._portal_context = start_blocking_portal()
         self._portal = self._portal_context.__enter__()
 
-    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+    def call(self, name: str, /, **arguments: Any) -> dict[str, Any]:
         operation = self._app.operations[name]
         call = functools.partial(operation.call, self._app.local_caller(), arguments)
         answer = self._portal.start_task_soon(call).result()
@@ -106,14 +127,14 @@ class HttpClient:
         )
         self._state_folder = settings.cloudagent_home / "apply"
 
-    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+    def call(self, name: str, /, **arguments: Any) -> dict[str, Any]:
         marked = MARKS[name]
         given = {key: value for key, value in arguments.items() if value is not None}
         path = marked.path.format(**given)
         rest = {key: value for key, value in given.items() if f"{{{key}}}" not in marked.path}
-        if marked.method == "GET":
+        if marked.method in ("GET", "DELETE"):
             query = {key: str(value).lower() if isinstance(value, bool) else value for key, value in rest.items()}
-            return self._send("GET", path, params=query).json()
+            return self._send(marked.method, path, params=query).json()
         return self._send(marked.method, path, json=rest).json()
 
     def apply(self, task_id: str, **arguments: Any) -> dict[str, Any]:

@@ -104,15 +104,22 @@ def only_worker(home: Path, *, version: str) -> Generator[FileLock]:
 
 
 def stop_when_idle(store: Store, lock: FileLock, home: Path, stopping: threading.Event, *, idle_s: float) -> None:
-    """Set `stopping` when nothing was to be done for `idle_s`; the lock is let go of in the same moment."""
+    """Set `stopping` when nothing was to be done for `idle_s`; the lock is let go of in the same moment.
+
+    A schedule that will be due some time is something to be done: nobody else would start its task.
+    """
+
+    def busy() -> bool:
+        return bool(store.tasks.unfinished() or store.schedules.enabled())
+
     busy_at = time.monotonic()
     while not stopping.wait(min(1.0, idle_s / 4)):
-        if store.tasks.unfinished():
+        if busy():
             busy_at = time.monotonic()
         elif time.monotonic() - busy_at >= idle_s:
             with FileLock(home / "worker.start.lock", timeout=START_S):
                 # Again, and now nobody can be between the commit of a task and the look at our lock.
-                if not store.tasks.unfinished():
+                if not busy():
                     stopping.set()
                     lock.release()
 

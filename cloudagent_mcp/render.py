@@ -25,6 +25,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 STATUS_STYLES = {"completed": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "waiting": "magenta"}
 VERDICT_STYLES = {"passed": "green", "failed": "red", "unverified": "dim"}
+OUTCOME_STYLES = {"submitted": "green", "skipped": "yellow", "missed": "red"}
 KIND_STYLES = {"text": "", "thinking": "dim italic", "tool_use": "cyan", "tool_result": "dim", "error": "red"}
 LEVEL_STYLES = {"warning": "yellow", "error": "red"}
 LINE_MAX = 2000
@@ -142,6 +143,76 @@ def show_cancelled(task: dict[str, Any]) -> None:
     else:
         word = f"had nothing to cancel: it is {task['status']}"
     console.print(f"{_short(task)} {word}")
+
+
+def show_schedules(found: dict[str, Any]) -> None:
+    """Schedules in a table; in a pipe, tabs between the columns."""
+    schedules = found["schedules"]
+    if not console.is_terminal:
+        for schedule in schedules:
+            state = "enabled" if schedule["enabled"] else "paused"
+            due = next(iter(schedule["next_due_at"]), "")
+            columns = (schedule["schedule_id"], state, schedule["cron"], schedule["timezone"], due, schedule["name"])
+            print("\t".join(clean(column).replace("\t", " ").replace("\n", " ") for column in columns))
+        return
+    if not schedules:
+        console.print('No schedules. [dim]Make one with[/] ca schedule create NAME "0 3 * * 1-5" "…"')
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("schedule", "cron", "time zone", "next due (UTC)", "last", "name"):
+        table.add_column(column, no_wrap=column != "name")
+    for schedule in schedules:
+        due = [_minute(moment) for moment in schedule["next_due_at"][:1]]
+        last = [run["outcome"] for run in schedule["last_runs"][:1]]
+        table.add_row(
+            Text(_short({"task_id": schedule["schedule_id"]}), "bold"),
+            Text(schedule["cron"]),
+            Text(schedule["timezone"]),
+            Text(due[0]) if due else Text("paused", "yellow"),
+            _outcome(last[0]) if last else Text("-", "dim"),
+            Text(clean(schedule["name"])),
+        )
+    console.print(table)
+
+
+def show_schedule(schedule: dict[str, Any]) -> None:
+    """One schedule, its task, its next due times and its last ones."""
+    head = Text.assemble((schedule["schedule_id"], "bold"), "  ", clean(schedule["name"]))
+    if not schedule["enabled"]:
+        head.append("  paused", "yellow")
+    console.print(head)
+    task = schedule["task"]
+    rows = {
+        "cron": f"{schedule['cron']}  {schedule['timezone']}",
+        "next due": ", ".join(_minute(moment) for moment in schedule["next_due_at"]),
+        "prompt": cut(task["prompt"], LINE_MAX),
+        **{name: task[name] for name in ("repository", "base_ref", "model", "verify", "setup")},
+    }
+    for name, value in rows.items():
+        if value:
+            console.print(f"  [dim]{name:<10}[/] {_safe(str(value))}")
+    for run in schedule["last_runs"]:
+        line = Text.assemble(f"  {_minute(run['due_at'])}  ", _outcome(run["outcome"]))
+        line.append(f"  {clean(run['task_id'] or run['reason'] or '')}")
+        console.print(line)
+
+
+def show_deleted(schedule: dict[str, Any]) -> None:
+    console.print(f"{schedule['schedule_id']} is deleted: {_safe(schedule['name'])}")
+
+
+def show_ran(schedule: dict[str, Any]) -> None:
+    name = _short(schedule["run"])
+    console.print(f"[bold]{name}[/] queued by {_safe(schedule['name'])}")
+    console.print(f"[dim]Watch it with[/] ca task watch {name}")
+
+
+def _outcome(outcome: str) -> Text:
+    return Text(outcome, OUTCOME_STYLES.get(outcome, ""))
+
+
+def _minute(moment: str) -> str:
+    return moment[:16].replace("T", " ")
 
 
 def show_line(line: dict[str, Any]) -> None:

@@ -59,7 +59,8 @@ def _route(operation: Operation, caller: Callable[[Request], Caller]) -> Route:
     async def endpoint(request: Request) -> Response:
         try:
             who = caller(request)
-            arguments = _query(request, operation) if request.method == "GET" else await _body(request)
+            bodiless = request.method in ("GET", "DELETE")
+            arguments = _query(request, operation) if bodiless else await _body(request)
             arguments |= request.path_params
             answer = await operation.call(who, arguments)
         except CloudAgentError as error:
@@ -121,7 +122,15 @@ async def _body(request: Request) -> dict[str, Any]:
         raise InvalidJson() from None
     if not isinstance(found, dict):
         raise WrongType("The body is not a JSON object.")
-    return {ALIASES.get(name, name): value for name, value in cast("dict[str, Any]", found).items()}
+    return _renamed(cast("dict[str, Any]", found))
+
+
+def _renamed(given: dict[str, Any]) -> dict[str, Any]:
+    """With the operations' own names, also in an object that is one of the arguments."""
+    return {
+        ALIASES.get(name, name): _renamed(cast("dict[str, Any]", value)) if isinstance(value, dict) else value
+        for name, value in given.items()
+    }
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

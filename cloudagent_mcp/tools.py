@@ -20,7 +20,7 @@ from cloudagent_mcp.operations.diffs import Diff
 from cloudagent_mcp.operations.tasks import TaskList
 from cloudagent_mcp.untrusted import clean, cut, fence
 from cloudagent_storage.errors import CloudAgentError, Internal
-from cloudagent_storage.records import LogPage, Record, Task, TaskPage
+from cloudagent_storage.records import LogPage, Record, ScheduleList, TaskPage
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +45,9 @@ class OperationTool(Tool):
         caller = replace(self.caller(context), progress=context.report_progress)
         try:
             answer = await self.operation.call(caller, arguments)
-            if isinstance(answer, TaskPage):
-                # Shorter pages until one fits: its cursor then continues where it ends.
-                while len(shown(answer)) > ANSWER_MAX and answer.limit > 1:
-                    answer = await self.operation.call(caller, {**arguments, "limit": answer.limit // 2})
+            # Shorter pages until one fits: the next one then begins where it ends.
+            while len(shown(answer)) > ANSWER_MAX and (length := _length(answer)) > 1:
+                answer = await self.operation.call(caller, {**arguments, "limit": length // 2})
         except CloudAgentError as error:
             return refusal(error)
         except Exception:
@@ -57,6 +56,13 @@ class OperationTool(Tool):
         text = shown(answer)
         structured = None if isinstance(answer, TEXT_ANSWERS) else json.loads(text)
         return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
+
+
+def _length(answer: Any) -> int:
+    """How many entries a page of a list has."""
+    if isinstance(answer, TaskPage):
+        return len(answer.tasks)
+    return len(answer.schedules) if isinstance(answer, ScheduleList) else 0
 
 
 def make_tools(operations: Iterable[Operation], caller: Callable[[Context[Any, Any]], Caller]) -> list[Tool]:
@@ -108,7 +114,7 @@ def shown(answer: Any) -> str:
         return _log_text(answer)
     if isinstance(answer, Diff):
         return _diff_text(answer)
-    if isinstance(answer, TaskPage | TaskList):
+    if isinstance(answer, TaskPage | TaskList | ScheduleList):
         return _json(answer, prompt=100, said=500)
     return _json(answer, prompt=500, said=6000)
 
@@ -122,8 +128,9 @@ def _json(answer: Record, *, prompt: int, said: int) -> str:
         return cut(clean(value), said) if isinstance(value, str) else value
 
     plain = answer.model_dump(mode="json")
-    for task in plain.get("tasks", [plain]):
-        if isinstance(answer, Task | TaskPage | TaskList):
+    for entry in plain.get("tasks") or plain.get("schedules") or [plain]:
+        task = entry.get("task", entry)
+        if "prompt" in task:
             task["prompt"] = cut(task["prompt"], prompt)
     return json.dumps(brief(plain), ensure_ascii=False)
 

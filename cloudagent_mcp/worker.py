@@ -41,6 +41,7 @@ def work(
     queue does not answer, or may drop messages when its memory is full.
     """
     stopping = stopping or threading.Event()
+    wake = threading.Event()
     settings = app.settings
     settings.make_home()
     app.queue.check()
@@ -77,10 +78,13 @@ def work(
                     app.store,
                     app.queue,
                     [functools.partial(provider, name) for name in app.providers],
+                    keyring=worker.keyring,
+                    ring=worker.ring,
                     deployment=worker.deployment,
                     timers=timers,
                     stopping=stopping,
                     report=report,
+                    wake=wake,
                 ),
                 name="sweeper",
                 daemon=True,
@@ -93,7 +97,7 @@ def work(
             thread.start()
         log.info("worker %s of version %s takes up to %d tasks at once", worker.name, __version__, count)
         run = functools.partial(run_waiting, worker)
-        if not app.queue.consume(run, concurrency=count, stopping=stopping, grace_s=timers.drain_s):
+        if not app.queue.consume(run, concurrency=count, stopping=stopping, grace_s=timers.drain_s, tick=wake.set):
             log.warning("some tasks did not let go in time; their leases run out by themselves")
         with suppress(CloudAgentError):
             app.store.workers.leave(worker.name)

@@ -29,6 +29,8 @@ from cloudagent_storage.errors import (
 )
 from cloudagent_storage.records import LOCAL_ACCOUNT
 
+Method = Literal["GET", "POST", "PATCH", "DELETE"]
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -51,7 +53,7 @@ class Caller:
 class Marked:
     """What `@operation` says of a method."""
 
-    method: Literal["GET", "POST"]
+    method: Method
     path: str
     title: str
     read_only: bool
@@ -87,7 +89,7 @@ class Operation:
 
 
 def operation(
-    method: Literal["GET", "POST"],
+    method: Method,
     path: str,
     *,
     title: str,
@@ -210,20 +212,28 @@ def _shown(name: str) -> str:
     return "".join(c if unicodedata.category(c)[0] in "LN" or c in "_-" else "?" for c in name[:40])
 
 
+UNTOLD = frozenset({"minLength", "maxLength", "minItems", "maxItems", "pattern", "writeOnly"})
+
+
 def plain_schema(schema: Any, *, of_arguments: bool) -> Any:
     """A schema without `title`s: a model needs none, and pays for each.
 
-    Of arguments, "X or null" becomes X as well: they may be left out anyway.
+    Of arguments, "X or null" becomes X as well, as they may be left out anyway; and what no model gets near, such as
+    the length of a text, is told in the refusal of whoever does.
     """
     if isinstance(schema, list):
         return [plain_schema(item, of_arguments=of_arguments) for item in cast("list[Any]", schema)]
     if not isinstance(schema, dict):
         return schema
-    plain = {k: v for k, v in cast("dict[str, Any]", schema).items() if not (k == "title" and isinstance(v, str))}
-    kept = [option for option in cast("list[Any]", plain.get("anyOf", [])) if option != {"type": "null"}]
-    if of_arguments and len(kept) == 1:
-        del plain["anyOf"]
-        plain = {**kept[0], **plain}
-        if plain.get("default", ...) is None:
-            del plain["default"]
-    return {k: plain_schema(v, of_arguments=of_arguments) for k, v in plain.items()}
+    plain = cast("dict[str, Any]", schema)
+    if of_arguments:
+        kept = [option for option in cast("list[Any]", plain.get("anyOf", [])) if option != {"type": "null"}]
+        if len(kept) == 1:
+            plain = {**kept[0], **{name: value for name, value in plain.items() if name != "anyOf"}}
+    left_out = {"title", *(UNTOLD if of_arguments else ())}
+    return {
+        name: plain_schema(value, of_arguments=of_arguments)
+        for name, value in plain.items()
+        # An argument may have such a name; its value is a schema then.
+        if isinstance(value, dict) or not (name in left_out or (of_arguments and name == "default" and not value))
+    }

@@ -17,20 +17,10 @@ from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Caller, operation
 from cloudagent_mcp.operations.credentials import Credentials, secret
 from cloudagent_mcp.operations.diffs import Diff, parse_diff
+from cloudagent_mcp.operations.submission import check_task, find_source
 from cloudagent_mcp.operations.waiting import wait_for
-from cloudagent_queue import repository
 from cloudagent_queue.agents import open_agent
-from cloudagent_storage.errors import (
-    InvalidInput,
-    NoChanges,
-    NotReady,
-    OutOfRange,
-    PromptEmpty,
-    PromptTooLong,
-    RepositoryNotFound,
-    TargetNotAllowed,
-    UnknownProvider,
-)
+from cloudagent_storage.errors import NoChanges, NotReady, TargetNotAllowed
 from cloudagent_storage.records import (
     EventDraft,
     EventKind,
@@ -38,11 +28,9 @@ from cloudagent_storage.records import (
     Level,
     LogPage,
     Place,
-    Priority,
     Record,
     Task,
     TaskPage,
-    TaskSpec,
     TaskStatus,
     bound_for_git,
     new_id,
@@ -55,7 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PROMPT_MAX = 100_000
 WAIT_MAX_S = 50
 """Clients give up on a silent call after about a minute."""
 
@@ -177,7 +164,7 @@ class Tasks:
         tags: Annotated[list[str], Field(max_length=20, description="Words to find it by.")] = [],  # noqa: B006
         priority: Annotated[
             Literal["low", "normal", "high"],
-            Field(description="Before which of your other tasks it starts; one that waits long is not overtaken."),
+            Field(description="Before which of your other tasks it starts."),
         ] = "normal",
         idempotency_key: Annotated[
             str | None,
@@ -191,47 +178,37 @@ class Tasks:
 
         Raises every error under InvalidInput, CredentialMissing and DatabaseUnavailable; nothing is kept then.
         """
-        if not prompt.strip():
-            raise PromptEmpty()
-        if len(prompt) > PROMPT_MAX:
-            raise PromptTooLong(f"The prompt has {len(prompt)} characters; the limit is {PROMPT_MAX}.")
-        if any(not tag.strip() or len(tag) > 100 for tag in tags):
-            raise OutOfRange("A tag has 1 to 100 characters.", field="tags")
-        if provider is not None and provider not in self._providers:
-            raise UnknownProvider(remedy=f"Choose one of: {', '.join(self._providers)}.")
-        agent = open_agent("claude")
-        environment = self._credentials.for_agent(caller, agent, anthropic_api_key)
+        asked = {
+            "prompt": prompt,
+            "repository": repository,
+            "base_ref": base_ref,
+            "title": title,
+            "model": model,
+            "verify": verify,
+            "setup": setup,
+            "timeout_minutes": timeout_minutes,
+            "max_turns": max_turns,
+            "max_budget_usd": max_budget_usd,
+            "provider": provider,
+            "tags": tags,
+            "priority": priority,
+        }
+        spec = check_task(asked, self._providers)
+        environment = self._credentials.for_agent(caller, open_agent(spec.agent), anthropic_api_key)
         tokens = self._credentials.for_git(caller, github_token)
         idempotency = None
         if idempotency_key is not None:
             # Without the credentials: the same submit may be repeated with fresh ones.
-            asked = [prompt, repository, base_ref, title, model, verify, setup, timeout_minutes, max_turns]
-            asked += [max_budget_usd, provider, tags]
-            digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+            digest = hashlib.sha256(json.dumps(list(asked.values())).encode()).hexdigest()
             idempotency = Idempotency(key=idempotency_key, digest=digest)
             if (earlier := self._store.tasks.replay(caller.account_id, idempotency)) is not None:
                 return Submitted.model_validate({**dict(advise(earlier)), "replayed": True})
-        source = _Source.find(caller, repository, base_ref)
+        source = find_source(caller, repository, base_ref)
 
         task_id = new_id("task")
-        spec = TaskSpec(
-            prompt=prompt,
-            title=(title or prompt.strip().splitlines()[0][:80]).strip() or "Untitled",
-            repository=source.repository,
-            base_ref=base_ref,
-            model=model,
-            verify=verify,
-            setup=setup,
-            timeout_minutes=timeout_minutes,
-            max_turns=max_turns,
-            max_budget_usd=max_budget_usd,
-            provider=provider or self._providers[0],
-            tags=tuple(tags),
-            priority=Priority(priority),
-        )
         task = self._store.tasks.add(
             caller.account_id,
-            spec,
+            spec.model_copy(update={"repository": source.repository}),
             task_id=task_id,
             base_sha=source.base_sha,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
@@ -299,6 +276,7 @@ class Tasks:
         status: Literal["queued", "running", "waiting", "completed", "failed", "cancelled"] | None = None,
         repository: Annotated[str | None, Field(max_length=2000)] = None,
         tag: Annotated[str | None, Field(max_length=100)] = None,
+        schedule_id: Annotated[str | None, Field(max_length=200)] = None,
         limit: Limit = 20,
         cursor: Annotated[str | None, Field(max_length=500, description="next_cursor of the list before.")] = None,
         offset: Annotated[int, Field(ge=0, le=1_000_000)] = 0,
@@ -309,6 +287,7 @@ class Tasks:
             status=None if status is None else TaskStatus(status),
             repository=repository,
             tag=tag,
+            schedule_id=schedule_id,
             limit=limit,
             cursor=cursor,
             offset=offset,
@@ -514,43 +493,3 @@ def advise(task: Task) -> Task:
 
 def _changed(task: Task) -> bool:
     return bool(task.result and task.result.artifacts and task.result.artifacts.files_changed)
-
-
-class _Source:
-    """Where a task's files come from."""
-
-    def __init__(
-        self, name: str, bundle: bytes | None = None, base_sha: str | None = None, left_out: Sequence[str] = ()
-    ):
-        self.repository = name
-        self.bundle = bundle
-        self.base_sha = base_sha
-        self.warnings = [
-            EventDraft(kind="status", level=Level.WARNING, message=f"Left out, since it looks like a secret: {path}")
-            for path in left_out
-        ]
-
-    @classmethod
-    def find(cls, caller: Caller, name: str | None, base_ref: str | None) -> _Source:
-        if base_ref is not None:
-            repository.check_ref(base_ref)
-        if name is None:
-            if not caller.local or caller.folder is None:
-                return cls("none")
-            try:
-                return cls._folder(caller.folder, base_ref)
-            except RepositoryNotFound:
-                return cls("none")
-        address = repository.check_address(name, local_paths_allowed=caller.local)
-        if address == "none":
-            if base_ref is not None:
-                raise InvalidInput("There is no ref to start from without a repository.", field="base_ref")
-            return cls("none")
-        if repository.is_remote(address):
-            return cls(address)
-        return cls._folder((caller.folder or Path.cwd()) / Path(address).expanduser(), base_ref)
-
-    @classmethod
-    def _folder(cls, folder: Path, base_ref: str | None) -> _Source:
-        tree = repository.bundle_working_tree(folder, base_ref=base_ref)
-        return cls(str(tree.top), tree.bundle, tree.base_sha, tree.left_out)

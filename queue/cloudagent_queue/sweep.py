@@ -1,4 +1,4 @@
-"""What time brings: doorbells that were lost, leases that ran out, sandboxes that nobody owns.
+"""What time brings: schedules that are due, doorbells that were lost, leases that ran out, sandboxes that nobody owns.
 
 A plain thread in every worker, never a queued job: a sweep that hangs on the queue could not mend the queue.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.sandboxes import Provider
+from cloudagent_queue.schedules import fire_due
 from cloudagent_queue.task_queue import TaskQueue
 from cloudagent_storage.errors import CloudAgentError, SandboxGone
+from cloudagent_storage.secrets import Keyring
 from cloudagent_storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -22,36 +25,50 @@ RINGS_MAX = 100
 """Messages that may wait in the queue before the sweeper adds none."""
 
 
+WAKE_S = 0.5
+"""The longest that a sweeper which is woken goes on waiting."""
+
+
 def sweep_forever(
     store: Store,
     queue: TaskQueue,
     providers: Iterable[Callable[[], Provider]],
     *,
+    keyring: Keyring,
+    ring: Callable[[str], None],
     deployment: str,
     timers: Timers,
     stopping: threading.Event,
+    wake: threading.Event,
     report: Callable[[bool], None],
 ) -> None:
-    """Sweep every `timers.sweep_s` until `stopping` is set. What fails is tried again at the next turn.
+    """Sweep every `timers.sweep_s`, and when `wake` is set, until `stopping` is. What fails is tried at the next turn.
 
-    `report` is told of every turn, and whether everything in it was done.
+    `ring` tells the queue of a task and raises nothing. `report` is told of every turn, and whether all of it was done.
     """
     duties: list[Callable[[], object]] = [
+        # First, so that no queue and no sandbox provider that hangs makes a schedule late.
+        functools.partial(fire_due, store, keyring, ring),
         functools.partial(ring_again, store, queue, timers),
         *(lambda open=open: kill_orphans(store, open(), deployment=deployment) for open in providers),
     ]
     while True:
-        failed = [duty for duty in duties if not _try(duty)]
-        _try(functools.partial(report, not failed))
-        if stopping.wait(timers.sweep_s):
+        wake.clear()
+        done = [_try(duty) for duty in duties]
+        _try(functools.partial(report, None not in done))
+        more = bool(done[0])
+        waits_until = time.monotonic() + timers.sweep_s
+        while not (more or wake.is_set()) and (left := waits_until - time.monotonic()) > 0:
+            if stopping.wait(min(left, WAKE_S)):
+                break
+        if stopping.is_set():
             return
 
 
-def _try(duty: Callable[[], object]) -> bool:
-    """Do it. One that fails keeps none of the others from being done."""
+def _try(duty: Callable[[], object]) -> object:
+    """What it answers; None when it failed, which keeps none of the others from being done."""
     try:
-        duty()
-        return True
+        return duty()
     except CloudAgentError as error:
         log.warning("sweep: %s", error)
     except Exception:

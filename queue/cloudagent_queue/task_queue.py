@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 QUEUE_NAME = "cloudagent"
 TASK_NAME = "run_task"
+TICK_NAME = "tick"
 CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 5.0
 POLL_S = 0.02
@@ -112,6 +113,19 @@ class _WakingSqliteStorage(SqliteStorage):
         return data
 
 
+class _Consumer(Consumer):
+    """Huey's threads, all of which end when `stopping` is set."""
+
+    def __init__(self, huey: Any, stopping: threading.Event, **options: Any) -> None:
+        self._stopping = stopping
+        super().__init__(huey, scheduler_interval=60, **options)
+
+    def get_environment(self, worker_type: str) -> Any:
+        environment: Any = super().get_environment(worker_type)
+        environment.get_stop_flag = lambda: self._stopping
+        return environment
+
+
 class TaskQueue:
     """Carries task ids from whoever submits to the workers.
 
@@ -122,6 +136,7 @@ class TaskQueue:
     def __init__(self, url: str) -> None:
         self.url = url
         self._run: Callable[[str], None] | None = None
+        self._tick: Callable[[], None] | None = None
         scheme = urlsplit(url).scheme
         if scheme in ("redis", "rediss"):
             pool = redis.ConnectionPool.from_url(
@@ -157,6 +172,13 @@ class TaskQueue:
         # An explicit name: huey would otherwise take the function's, and a message of an unknown name is lost.
         self._message = self._huey.task(name=TASK_NAME)(run_task)
 
+        def tick() -> None:
+            if self._tick is not None:
+                self._tick()
+
+        # The consumer asks each minute whether it is time, and it always is.
+        self._huey.periodic_task(lambda _: True, name=TICK_NAME)(tick)
+
     def put(self, task_id: str) -> None:
         """Ring for a task. Raises `QueueUnavailable`; the task itself is safe in its row."""
         try:
@@ -188,18 +210,24 @@ class TaskQueue:
         return f"Redis, {waiting} waiting"
 
     def consume(
-        self, run: Callable[[str], None], *, concurrency: int, stopping: threading.Event, grace_s: float
+        self,
+        run: Callable[[str], None],
+        *,
+        concurrency: int,
+        stopping: threading.Event,
+        grace_s: float,
+        tick: Callable[[], None] | None = None,
     ) -> bool:
         """Run tasks on `concurrency` threads until `stopping` is set; then wait up to `grace_s` for them to let go.
 
+        `tick` is called in one of them every minute, once for each consumer that there is, in whichever of them.
         True when every thread had ended. Signals are the caller's business: huey's own handlers cut a task dead.
         """
-        self._run = run
-        consumer = Consumer(self._huey, workers=concurrency, periodic=False, scheduler_interval=60)
-        consumer.stop_flag = stopping
-        for loop, _ in consumer.worker_threads:
-            loop.stop_flag = stopping
+        self._run, self._tick = run, tick
+        consumer = _Consumer(self._huey, stopping, workers=concurrency, periodic=tick is not None)
         threads = [thread for _, thread in consumer.worker_threads]
+        if tick is not None:
+            threads.append(consumer.scheduler)
         for thread in threads:
             thread.start()
         stopping.wait()

@@ -6,14 +6,17 @@
     + InvalidCharacter, InvalidUnicode, InvalidCursor, InvalidJson
     + PromptEmpty, PromptTooLong
     + UnknownProvider, IdempotencyMismatch
+    + schedule
+      - InvalidCron, NeverFires, TooFrequent, UnknownTimezone
     + repository
       - RepositoryNotAllowed, RepositoryNotFound, RepositoryUnreachable, RepositoryEmpty, CredentialsInUrl
       - InvalidRef, RefNotFound, RepositoryTooLarge
   x NotFound
-    + TaskNotFound, KeyNotFound, AmbiguousId, NoRoute
+    + TaskNotFound, ScheduleNotFound, KeyNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
     + NotReady, NoChanges, AlreadyApplied, NothingToUndo, Busy
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
+    + LimitReached
   x CredentialMissing
   x Unauthorized, Forbidden, ForbiddenHost
   x Unavailable                 something we depend on does not answer
@@ -146,6 +149,38 @@ class IdempotencyMismatch(InvalidInput):
     field = "idempotency_key"
 
 
+class InvalidCron(InvalidInput):
+    """The cron line cannot be used."""
+
+    code = "invalid_cron"
+    remedy = "Write five fields: minute, hour, day of month, month, day of week, such as `0 3 * * 1-5`."
+    field = "cron"
+
+
+class NeverFires(InvalidInput):
+    """No day fits the cron line."""
+
+    code = "never_fires"
+    remedy = "Correct day of month and month: the 30th of February never comes."
+    field = "cron"
+
+
+class TooFrequent(InvalidInput):
+    """Some due times of the cron line are less than 5 minutes apart."""
+
+    code = "too_frequent"
+    remedy = "Leave at least 5 minutes between two due times, as in `*/5 * * * *`."
+    field = "cron"
+
+
+class UnknownTimezone(InvalidInput):
+    """There is no time zone of that name."""
+
+    code = "unknown_timezone"
+    remedy = "Pass a name of the IANA database, such as Europe/Berlin, or UTC."
+    field = "timezone"
+
+
 class RepositoryNotAllowed(InvalidInput):
     """That kind of repository address is not allowed."""
 
@@ -231,6 +266,14 @@ class KeyNotFound(NotFound):
     code = "key_not_found"
     remedy = "List the keys with `ca key list`."
     field = "key"
+
+
+class ScheduleNotFound(NotFound):
+    """There is no schedule with that id."""
+
+    code = "schedule_not_found"
+    remedy = "List the schedules with list_schedules (`ca schedule list`)."
+    field = "schedule_id"
 
 
 class AmbiguousId(NotFound):
@@ -322,6 +365,13 @@ class TargetNotAllowed(NotNow):
     code = "target_not_allowed"
     remedy = "Pass the working tree of the repository that the task started from."
     field = "directory"
+
+
+class LimitReached(NotNow):
+    """The account has as many of these as it may have."""
+
+    code = "limit_reached"
+    remedy = "Delete one that is not needed any more, or change it instead."
 
 
 class CredentialMissing(CloudAgentError):

@@ -18,6 +18,10 @@ LOCAL_ACCOUNT = "local"
 """The one account of a single-user installation."""
 
 
+MAX_SCHEDULES = 100
+"""Per account."""
+
+
 def new_id(prefix: Literal["task", "sch", "key", "upl", "msg", "sbx"]) -> str:
     """A fresh id such as `task_` and 26 lower-case base32 characters."""
     return f"{prefix}_{base64.b32encode(secrets.token_bytes(16)).decode().rstrip('=').lower()}"
@@ -388,6 +392,80 @@ class Overview(Record):
     dead_letters: tuple[Task, ...]
     """The newest tasks that ended as poisoned."""
     last_sweep_at: datetime | None
+
+
+class TaskDraft(Record):
+    """What a schedule's task has that its `TaskSpec` does not say."""
+
+    task_id: str
+    base_sha: str | None = None
+    bundle: bytes | None = None
+    """The `input` blob."""
+    credentials: bytes | None = None
+    """Sealed and bound to the task's id."""
+    git_credentials: bytes | None = None
+    """Sealed as well, see `bound_for_git`."""
+    lines: tuple[EventDraft, ...] = ()
+
+
+RunOutcome = Literal["submitted", "skipped", "missed"]
+
+
+class ScheduleRun(Record):
+    """What became of one due time of a schedule. Each has one, whatever happened."""
+
+    due_at: datetime
+    outcome: RunOutcome
+    reason: str | None = None
+    """Why no task was submitted."""
+    task_id: str | None = None
+    created_at: datetime
+
+
+def not_ended(task_id: str) -> str:
+    """Why a due time is skipped while an earlier task goes on."""
+    return f"The task before, {task_id}, had not ended."
+
+
+class Schedule(Record):
+    """A cron line that submits a task."""
+
+    schedule_id: str
+    name: str
+    cron: str
+    timezone: str
+    enabled: bool
+    task: TaskSpec
+    """What is submitted. A folder is read whenever the schedule is due."""
+    created_at: datetime
+    updated_at: datetime
+    next_due_at: tuple[datetime, ...] = ()
+    """The next due times, soonest first; none while it is paused."""
+    last_runs: tuple[ScheduleRun, ...] = ()
+    """The newest due times and what became of them, newest first."""
+
+
+class ScheduleList(Record):
+    """An account's schedules, oldest first."""
+
+    schedules: tuple[Schedule, ...]
+    total: int
+
+
+class HeldSchedule(Record):
+    """A schedule as whoever fires or changes it needs it. `revision` is the fence: a change raises it."""
+
+    schedule: Schedule
+    account_id: str
+    revision: int
+    due_at: datetime | None
+    """The due time that nobody has answered yet; it may lie ahead."""
+    seen_at: datetime
+    """When all this was read, by the database's clock."""
+    credentials: bytes | None
+    """Sealed and bound to the schedule's id (see secrets.py)."""
+    unfinished_task_id: str | None
+    """A task of this schedule that has not ended."""
 
 
 class Account(Record):

@@ -15,6 +15,7 @@ from peewee import (
     BigAutoField,
     BigIntegerField,
     BlobField,
+    BooleanField,
     CharField,
     CompositeKey,
     Database,
@@ -150,6 +151,7 @@ class TaskRow(Model):
             (("status",), False),
             (("status", "account_id"), False),
             (("account_id", "idempotency_key"), True),
+            (("schedule_id", "status"), False),
         )
 
 
@@ -214,6 +216,39 @@ class ApiKeyRow(Model):
     last_used_at = Utc(null=True)
 
 
+class ScheduleRow(Model):
+    schedule_id = CharField(40, primary_key=True)
+    account_id = CharField(64)
+    name = Text()
+    cron = Text()
+    timezone = Text()
+    enabled = BooleanField(default=True)
+    spec = Json()
+    credentials = BlobField(null=True)
+    """Sealed, and bound to the schedule's id."""
+    created_at = Utc()
+    updated_at = Utc()
+    next_due_at = Utc(null=True)
+    """The due time that nobody has answered yet; null while the schedule is paused."""
+    revision = IntegerField(default=0)
+    """Raised by each change that a user makes: nothing is fired as it was before."""
+
+    class Meta:
+        indexes = ((("account_id", "created_at", "schedule_id"), False), (("next_due_at",), False))
+
+
+class ScheduleRunRow(Model):
+    schedule_id = CharField(40)
+    due_at = Utc()
+    outcome = CharField(16)
+    reason = Text(null=True)
+    task_id = CharField(40, null=True)
+    created_at = Utc()
+
+    class Meta:
+        primary_key = CompositeKey("schedule_id", "due_at")
+
+
 M = TypeVar("M", bound=Model)
 
 
@@ -234,8 +269,10 @@ class Tables:
         self.messages = bound(MessageRow, "messages")
         self.workers = bound(WorkerRow, "workers")
         self.api_keys = bound(ApiKeyRow, "api_keys")
+        self.schedules = bound(ScheduleRow, "schedules")
+        self.schedule_runs = bound(ScheduleRunRow, "schedule_runs")
 
     @property
     def all(self) -> tuple[type[Model], ...]:
-        bases = (self.accounts, self.tasks, self.events, self.blobs, self.messages)
-        return (*bases, self.workers, self.api_keys)
+        of_tasks = (self.accounts, self.tasks, self.events, self.blobs, self.messages)
+        return (*of_tasks, self.workers, self.api_keys, self.schedules, self.schedule_runs)

@@ -11,9 +11,7 @@ import click
 import pytest
 
 from cloudagent_mcp.cli import ca
-from cloudagent_mcp.operations import marks_of
-from cloudagent_mcp.operations.backlog import Backlog
-from cloudagent_mcp.operations.tasks import Tasks
+from cloudagent_mcp.client import MARKS
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
 
@@ -41,13 +39,13 @@ def test_every_variable_of_the_example_is_a_setting_or_the_agents() -> None:
 
 
 def test_every_operation_and_its_route_are_in_the_readme() -> None:
-    for name, marked in marks_of(Tasks, Backlog).items():
+    for name, marked in MARKS.items():
         assert f"`{name}`" in README
         assert f"`{marked.method} /api/v1{marked.path}`" in README
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    for words in re.findall(r"\bca ((?:task |key )?[a-z]+)\b", README):
+    for words in re.findall(r"\bca ((?:task |schedule |key )?[a-z]+)\b", README):
         command: click.Command = ca
         for word in words.split():
             assert isinstance(command, click.Group)

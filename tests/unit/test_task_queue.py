@@ -117,3 +117,32 @@ def test_a_redis_that_is_not_there_is_an_error_in_bounded_time() -> None:
 def test_an_address_of_an_unknown_kind_is_refused() -> None:
     with pytest.raises(QueueUnavailable):
         TaskQueue("amqp://localhost")
+
+
+def test_a_tick_comes_through_the_queue_and_the_clock_stops_with_the_consumer(url: str) -> None:
+    queue = TaskQueue(url)
+    stopping, ticked = threading.Event(), threading.Event()
+
+    def tick() -> None:
+        ticked.set()
+        stopping.set()
+
+    assert queue.consume(lambda _: None, concurrency=1, stopping=stopping, grace_s=20, tick=tick)
+    assert ticked.is_set()
+    queue.close()
+
+
+def test_a_consumer_without_a_clock_hears_ticks_of_others_and_does_nothing(url: str) -> None:
+    queue: Any = TaskQueue(url)
+    queue._huey.enqueue(queue._huey._registry.periodic_tasks[0])
+    queue.put("task_after")
+    seen: list[str] = []
+    stopping = threading.Event()
+
+    def run(task_id: str) -> None:
+        seen.append(task_id)
+        stopping.set()
+
+    assert queue.consume(run, concurrency=1, stopping=stopping, grace_s=20)
+    assert seen == ["task_after"]
+    queue.close()

@@ -12,7 +12,8 @@ from tests.support.worlds import World
 SNAPSHOTS = Path(__file__).parent.parent / "snapshots"
 NAMES = {
     "submit_task", "get_task", "wait_tasks", "list_tasks", "cancel_task", "get_task_logs", "get_task_diff",
-    "apply_task", "retry_task", "get_queue",
+    "apply_task", "retry_task", "create_schedule", "list_schedules", "get_schedule", "update_schedule",
+    "delete_schedule", "run_schedule", "get_queue",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 address.py       which addresses and refs are accepted
 working_tree.py  a folder of the user's, with what is not committed yet -> bundle
+source.py        what goes in with a task at its submit
 remote.py        an https or ssh address -> bundle, through a cache
 sandbox.py       bundle -> the agent's working tree -> bundle; verify
 inside.py        the part of that which runs in the sandbox
@@ -12,6 +13,7 @@ from cloudagent_queue.repository.address import check_address, check_ref, is_rem
 from cloudagent_queue.repository.bundles import ChangedFile, Changes, Quarantine, inspect
 from cloudagent_queue.repository.remote import fetch_remote
 from cloudagent_queue.repository.sandbox import check_out, collect, run_setup, verify
+from cloudagent_queue.repository.source import Source, read_source
 from cloudagent_queue.repository.working_tree import LocalRepository, WorkingTree, bundle_working_tree, origin_of
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Changes",
     "LocalRepository",
     "Quarantine",
+    "Source",
     "WorkingTree",
     "bundle_working_tree",
     "check_address",
@@ -29,6 +32,7 @@ __all__ = [
     "inspect",
     "is_remote",
     "origin_of",
+    "read_source",
     "run_setup",
     "verify",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from cloudagent_storage.store.accounts import Accounts
 from cloudagent_storage.store.backlog import Backlog
 from cloudagent_storage.store.blobs import MAX_BLOB_BYTES, Blobs
@@ -10,10 +12,11 @@ from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.events import Events
 from cloudagent_storage.store.keys import Keys
 from cloudagent_storage.store.messages import Messages
+from cloudagent_storage.store.schedules import ScheduleChanges, Schedules
 from cloudagent_storage.store.tasks import Changes, Tasks
 from cloudagent_storage.store.workers import Workers
 
-__all__ = ["MAX_BLOB_BYTES", "Changes", "Store"]
+__all__ = ["MAX_BLOB_BYTES", "Changes", "ScheduleChanges", "Store"]
 
 
 class Store:
@@ -34,6 +37,7 @@ class Store:
         self.workers = Workers(database)
         self.changes = Feed(database)
         self.keys = Keys(database)
+        self.schedules = Schedules(database, self.tasks)
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -46,6 +50,11 @@ class Store:
     def migrate(self) -> None:
         """Bring the tables up to date. Any number of processes may do so at once; one works, the others wait."""
         self._database.migrate()
+
+    def now(self) -> datetime:
+        """This moment, by the database's clock."""
+        with self._database.reading():
+            return self._database.read_clock()
 
     def check(self) -> None:
         """Raises `DatabaseUnavailable` when the database does not answer."""

@@ -7,6 +7,7 @@ import logging
 import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,10 @@ PATIENCE = {
     "tcp_user_timeout": 10_000,
 }
 
+NOW_POSTGRES = "clock_timestamp()"
 NOW_SQLITE = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 LATER_SQLITE = "strftime('%Y-%m-%d %H:%M:%f', 'now', ?)"
-AFTER_SQLITE = "strftime('%Y-%m-%d %H:%M:%f', max(created_at), '+0.001 seconds')"
+AFTER_SQLITE = "strftime('%Y-%m-%d %H:%M:%f', max({column}), '+0.001 seconds')"
 
 
 class Database:
@@ -109,7 +111,13 @@ class Database:
 
     @contextmanager
     def writing(self) -> Generator[None]:
-        """A connection in a transaction, committed at the end; an exception leaves everything as it was."""
+        """A connection in a transaction, committed at the end; an exception leaves everything as it was.
+
+        Within another one of this thread it is a part of that.
+        """
+        if self._peewee.in_transaction():
+            yield
+            return
         with _translated(), self._peewee.connection_context(), self._peewee.atomic():
             yield
 
@@ -135,7 +143,14 @@ class Database:
     @property
     def now(self) -> peewee.Node:
         """This moment; not the transaction's beginning, as that may lie before a long wait for a lock."""
-        return peewee.SQL("clock_timestamp()" if self.file is None else NOW_SQLITE)
+        return peewee.SQL(NOW_POSTGRES if self.file is None else NOW_SQLITE)
+
+    def read_clock(self) -> datetime:
+        """This moment, as a value."""
+        if self.file is None:
+            return self._peewee.execute_sql(f"SELECT {NOW_POSTGRES}").fetchone()[0].astimezone(UTC)
+        text = self._peewee.execute_sql(f"SELECT {NOW_SQLITE}").fetchone()[0]
+        return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
     def later(self, seconds: float) -> peewee.Node:
         """That many seconds from now; before now where negative."""
@@ -150,8 +165,16 @@ class Database:
         """
         if self.file is None:
             return self.now
-        newest = f"(SELECT {AFTER_SQLITE} FROM tasks WHERE account_id = ?)"
+        newest = f"(SELECT {AFTER_SQLITE.format(column='created_at')} FROM tasks WHERE account_id = ?)"
         return peewee.SQL(f"max({NOW_SQLITE}, coalesce({newest}, ''))", (account_id,))
+
+    def now_in_runs(self, schedule_id: str) -> peewee.Node:
+        """This moment, for a run of a schedule that no other has the time of; its row is locked by the caller."""
+        if self.file is None:
+            newest = "(SELECT max(due_at) + interval '1 microsecond' FROM schedule_runs WHERE schedule_id = %s)"
+            return peewee.SQL(f"greatest({NOW_POSTGRES}, {newest})", (schedule_id,))
+        newest = f"(SELECT {AFTER_SQLITE.format(column='due_at')} FROM schedule_runs WHERE schedule_id = ?)"
+        return peewee.SQL(f"max({NOW_SQLITE}, coalesce({newest}, ''))", (schedule_id,))
 
     # -- row locks: on SQLite the whole database is the writer's -----------------------------------------------------
 

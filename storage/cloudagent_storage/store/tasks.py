@@ -96,6 +96,7 @@ class Tasks:
         lines: Sequence[EventDraft] = (),
         idempotency: Idempotency | None = None,
         retry_of: str | None = None,
+        schedule_id: str | None = None,
     ) -> Task:
         """Keep a new task, with all that belongs to it, in one step.
 
@@ -116,6 +117,7 @@ class Tasks:
                 repository=spec.repository,
                 tags=list(spec.tags),
                 base_sha=base_sha,
+                schedule_id=schedule_id,
                 credentials=credentials,
                 git_credentials=git_credentials,
                 created_at=self._db.now_in_list(account_id),

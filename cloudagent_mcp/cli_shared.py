@@ -1,0 +1,66 @@
+"""What the commands of `ca` share: options, a client, how an answer is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from cloudagent_mcp.client import Client
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print what REST answers, as one JSON document.")
+
+
+@contextmanager
+def client() -> Generator[Client]:
+    from cloudagent_mcp.client import open_client
+    from cloudagent_mcp.settings import Settings
+
+    opened = open_client(Settings.read())
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def task_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a task may be given, wherever one is described."""
+    for option in reversed(TASK_OPTIONS):
+        command = option(command)
+    return command
+
+
+TASK_OPTIONS = (
+    click.option(
+        "--repository", help="https, ssh or git@ address, a folder, or none. Default: the repository you are in."
+    ),
+    click.option("--base-ref", help="Branch, tag or commit to start from. Default: your working tree as it is."),
+    click.option("--title", help="A short name."),
+    click.option("--model", help="Model for the agent."),
+    click.option("--verify", help="Shell command that passes if the result is right; run in a clean checkout."),
+    click.option("--setup", help="Shell command that is run in the repository before the agent."),
+    click.option("--timeout-minutes", type=float, help="How long the agent may run (60)."),
+    click.option("--max-turns", type=int, help="How many turns it may take."),
+    click.option("--max-budget-usd", type=float, help="What it may spend."),
+    click.option("--provider", help="Where its sandbox comes from."),
+    click.option("--tag", "tags", multiple=True, help="A word to find it by; may be given several times."),
+    click.option("--priority", type=click.Choice(["low", "normal", "high"]), help="Before which of your other tasks."),
+)
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def print_answer(answer: dict[str, Any], as_json: bool, how: str) -> None:
+    if as_json:
+        click.echo(json.dumps(answer))
+        return
+    from cloudagent_mcp import render
+
+    show: Callable[[dict[str, Any]], None] = getattr(render, how)
+    show(answer)

@@ -1,0 +1,69 @@
+"""What is asked for with a task, checked: the same for a submit and for a schedule, which submits later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cloudagent_mcp.operations import Caller
+from cloudagent_queue import repository
+from cloudagent_queue.repository import Source, read_source
+from cloudagent_storage.errors import (
+    InvalidInput,
+    OutOfRange,
+    PromptEmpty,
+    PromptTooLong,
+    RepositoryNotFound,
+    UnknownProvider,
+)
+from cloudagent_storage.records import TaskSpec
+
+PROMPT_MAX = 100_000
+
+
+def check_task(asked: Mapping[str, Any], providers: Sequence[str]) -> TaskSpec:
+    """The arguments of `submit_task`, which are of the right types and within their limits already, as a task.
+
+    Its repository is not looked at. Raises errors under `InvalidInput`.
+    """
+    prompt: str = asked["prompt"]
+    if not prompt.strip():
+        raise PromptEmpty()
+    if len(prompt) > PROMPT_MAX:
+        raise PromptTooLong(f"The prompt has {len(prompt)} characters; the limit is {PROMPT_MAX}.")
+    if any(not tag.strip() or len(tag) > 100 for tag in asked["tags"]):
+        raise OutOfRange("A tag has 1 to 100 characters.", field="tags")
+    if asked["provider"] is not None and asked["provider"] not in providers:
+        raise UnknownProvider(remedy=f"Choose one of: {', '.join(providers)}.")
+    chosen = {
+        "title": title_of(prompt, asked["title"]),
+        "provider": asked["provider"] or providers[0],
+        "tags": tuple(asked["tags"]),
+        "repository": "none",
+    }
+    return TaskSpec.model_validate({**asked, **chosen})
+
+
+def title_of(prompt: str, title: str | None = None) -> str:
+    """A task's short name: the one that was given, or its prompt's first line."""
+    return (title or prompt.strip().splitlines()[0][:80]).strip() or "Untitled"
+
+
+def find_source(caller: Caller, name: str | None, base_ref: str | None) -> Source:
+    """What a caller means by `repository`, read as far as it is on this machine. Raises errors under `InvalidInput`."""
+    if base_ref is not None:
+        repository.check_ref(base_ref)
+    if name is None:
+        if not caller.local or caller.folder is None:
+            return Source("none")
+        try:
+            return read_source(str(caller.folder), base_ref)
+        except RepositoryNotFound:
+            return Source("none")
+    address = repository.check_address(name, local_paths_allowed=caller.local)
+    if address == "none" and base_ref is not None:
+        raise InvalidInput("There is no ref to start from without a repository.", field="base_ref")
+    if address == "none" or repository.is_remote(address):
+        return Source(address)
+    return read_source(str((caller.folder or Path.cwd()) / Path(address).expanduser()), base_ref)

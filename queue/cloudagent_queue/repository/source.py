@@ -1,0 +1,34 @@
+"""What goes in with a task when it is submitted: a folder as it is now. A remote address is fetched by its worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cloudagent_queue.repository.address import is_remote
+from cloudagent_queue.repository.working_tree import bundle_working_tree
+from cloudagent_storage.records import EventDraft, Level
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's files come from."""
+
+    repository: str
+    """An address, a folder's whole path, or `none`."""
+    bundle: bytes | None = None
+    base_sha: str | None = None
+    warnings: Sequence[EventDraft] = field(default_factory=list[EventDraft])
+
+
+def read_source(place: str, base_ref: str | None) -> Source:
+    """What is at a checked address, as far as it is read now. Raises the errors of `bundle_working_tree`."""
+    if place == "none" or is_remote(place):
+        return Source(place)
+    tree = bundle_working_tree(Path(place), base_ref=base_ref)
+    warnings = [
+        EventDraft(kind="status", level=Level.WARNING, message=f"Left out, since it looks like a secret: {path}")
+        for path in tree.left_out
+    ]
+    return Source(str(tree.top), tree.bundle, tree.base_sha, warnings)
