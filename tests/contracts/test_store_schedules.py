@@ -259,7 +259,9 @@ def test_runs_that_are_asked_for_in_one_moment_are_all_kept(store: Store) -> Non
 def test_a_run_that_is_refused_tells_the_caller_and_leaves_a_row(store: Store) -> None:
     schedule = scheduled(store)
     held = store.schedules.hold(LOCAL_ACCOUNT, schedule.schedule_id)
-    assert store.schedules.change(held, credentials=KEYRING.seal(b"{}", bound_to=schedule.schedule_id))
+    assert store.schedules.change(
+        held, credentials=KEYRING.seal(b'{"agent": {}, "git": {}}', bound_to=schedule.schedule_id)
+    )
     with pytest.raises(CredentialMissing):
         run_now(store, KEYRING, lambda _: None, LOCAL_ACCOUNT, schedule.schedule_id)
     (run,) = runs(store, schedule.schedule_id)

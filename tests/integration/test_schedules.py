@@ -122,7 +122,7 @@ def test_a_change_of_the_task_takes_the_credential_anew_and_keeps_the_earlier_on
     def sealed(schedule_id: str) -> dict[str, str]:
         credentials = store.schedules.hold(LOCAL_ACCOUNT, schedule_id).credentials
         assert credentials is not None
-        return json.loads(keyring.open(credentials, bound_to=schedule_id))
+        return json.loads(keyring.open(credentials, bound_to=schedule_id))["agent"]
 
     with world.client() as client:
         schedule_id = client.call("create_schedule", **NIGHTLY)["schedule_id"]
@@ -272,6 +272,7 @@ class Sweeper:
                 "timers": Timers(sweep_s=sweep_s, ring_again_s=0.1),
                 "stopping": self.stopping,
                 "wake": self.wake,
+                "report": lambda _: None,
             },
         )
 

@@ -35,7 +35,7 @@ def scheduled(
         cron=cron,
         timezone="UTC",
         spec=spec,
-        credentials=keyring.seal(json.dumps(ENVIRONMENT).encode(), bound_to=schedule_id),
+        credentials=keyring.seal(json.dumps({"agent": ENVIRONMENT, "git": {}}).encode(), bound_to=schedule_id),
         next_due_at=next(Cron(cron).after(now if ago is None else now - ago)),
     )
 
