@@ -134,6 +134,10 @@ class TaskRow(Model):
     idempotency_key = CharField(255, null=True)
     arguments_digest = Text(null=True)
     """Of everything that was submitted with the key."""
+    expired_at = Utc(null=True)
+    """Since when its log and blobs count as gone; they are deleted after that, in small steps."""
+    kept_bytes = BigIntegerField(null=True)
+    """What its log and blobs take up, measured once after its end; 0 when they are deleted."""
 
     class Meta:
         indexes = (
