@@ -162,7 +162,7 @@ def test_a_long_log_is_deleted_in_small_steps_and_a_crash_between_two_is_made_up
 def test_many_who_prune_at_once_expire_no_more_than_one_would(store_url: str) -> None:
     stores = [Store.open(store_url) for _ in range(4)]
     tasks = [finished(stores[0], size=50_000) for _ in range(60)]
-    at_once(*[lambda store=store: store.retention.prune(max_age_s=None, max_bytes=20 * 53_000) for store in stores])
+    at_once(*[lambda store=store: store.retention.prune(max_age_s=None, max_bytes=20 * 51_000) for store in stores])
     kept = [task_id for task_id, gone in zip(tasks, expired(stores[0], *tasks), strict=True) if not gone]
     assert kept == tasks[40:]
     for store in stores:

@@ -17,7 +17,7 @@ from playhouse.migrations import MigrationError, Runner
 from playhouse.pool import MaxConnectionsExceeded, PooledSqliteDatabase
 from psycopg2.extensions import parse_dsn
 
-from cloudagent_storage.errors import DatabaseBusy, DatabaseUnavailable, Internal, StorageFull
+from cloudagent_storage.errors import CloudAgentError, DatabaseBusy, DatabaseUnavailable, Internal, StorageFull
 from cloudagent_storage.store.postgres import PATIENT, Patience, PatientPool
 from cloudagent_storage.store.reserve import Reserve
 from cloudagent_storage.tables import Tables
@@ -189,7 +189,8 @@ class Database:
             ((free,),) = self._peewee.execute_sql("PRAGMA freelist_count").fetchall()
             if mode != 2 or not free:
                 return False
-            self._peewee.execute_sql(f"PRAGMA incremental_vacuum({pages})").fetchall()
+            # As a script: it goes one page for each step, and a cursor takes one step where there are no columns.
+            self._peewee.connection().executescript(f"PRAGMA incremental_vacuum({pages})")
         return free > pages
 
     # -- migrations ------------------------------------------------------------------------------------------------
@@ -245,12 +246,18 @@ class Database:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Is a full disk behind this error? Peewee's errors carry the driver's as their first argument."""
-    if isinstance(error, peewee.PeeweeException):
-        return any(_is_full(cause) for cause in error.args if isinstance(cause, BaseException))
-    if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", None) in FULL_SQLITE
-    return isinstance(error, psycopg2.Error) and error.pgcode == FULL_POSTGRES
+    """Is a full disk behind this error?
+
+    SQLite rolls back by itself then, so that what arrives here may be the complaint of a second rollback. An error of
+    ours in the chain belongs to an earlier call: this one was made while that was handled.
+    """
+    while error is not None and not isinstance(error, CloudAgentError):
+        if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) in FULL_SQLITE:
+            return True
+        if isinstance(error, psycopg2.Error) and error.pgcode == FULL_POSTGRES:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _ours(driver: Any) -> tuple[type[Exception], ...]:
