@@ -36,6 +36,10 @@ class Settings(BaseModel):
     public_url: str | None = None
     """Where people reach a server that is bound beyond loopback."""
     worker_concurrency: int = Field(default=10, ge=1, le=1000)
+    retention_days: float = Field(default=90, ge=0, allow_inf_nan=False)
+    """How long the logs, diffs and bundles of finished tasks are kept; 0 is for ever."""
+    retention_mb: int = Field(default=10_000, ge=0)
+    """How much of them is kept for one account, in millions of bytes; 0 is without limit."""
     cloudagent_url: str | None = None
     cloudagent_api_key: SecretStr | None = None
     """Where `ca` finds its server; unset, it works in this very process."""

@@ -18,7 +18,7 @@ from cloudagent_mcp.embedded import IDLE_S, only_worker, stop_when_idle
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.run import Worker, run_task
 from cloudagent_queue.sandboxes import Provider, open_provider
-from cloudagent_queue.sweep import sweep_forever
+from cloudagent_queue.sweep import Kept, sweep_forever
 from cloudagent_storage.errors import CloudAgentError
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ def work(
     stopping = stopping or threading.Event()
     settings = app.settings
     settings.make_home()
+    app.brief = False
     app.queue.check()
 
     def stop(*_: object) -> None:
@@ -52,6 +53,7 @@ def work(
             signal.signal(number, stop)
     with ExitStack() as stack:
         lock = stack.enter_context(only_worker(settings.cloudagent_home, version=__version__)) if embedded else None
+        app.store.keep_reserve()
         provider = functools.cache(functools.partial(_provider, app))
         worker = Worker(
             name=f"{socket.gethostname()}/{os.getpid()}",
@@ -73,6 +75,7 @@ def work(
                     app.queue,
                     [functools.partial(provider, name) for name in app.providers],
                     deployment=worker.deployment,
+                    kept=Kept(days=settings.retention_days, megabytes=settings.retention_mb),
                     timers=timers,
                     stopping=stopping,
                 ),

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import anyio
-import anyio.to_thread
 from pydantic import Field
 
 from cloudagent_mcp import apply
-from cloudagent_mcp.operations import Caller, operation
+from cloudagent_mcp.operations import Caller, in_thread, operation
 from cloudagent_mcp.operations.diffs import Diff, parse_diff
 from cloudagent_queue import repository
 from cloudagent_queue.agents import open_agent
@@ -28,6 +27,7 @@ from cloudagent_storage.errors import (
     PromptTooLong,
     RepositoryNotFound,
     TargetNotAllowed,
+    TaskExpired,
     UnknownProvider,
 )
 from cloudagent_storage.records import (
@@ -176,7 +176,8 @@ class Tasks:
         """Hand a coding task to a remote agent that works alone in a sandbox on a copy of a repository.
         Answers at once with a task_id; the task goes on whatever becomes of this call. Then wait with get_task.
 
-        Raises every error under InvalidInput, CredentialMissing and DatabaseUnavailable; nothing is kept then.
+        Raises every error under InvalidInput, CredentialMissing and DatabaseUnavailable (StorageFull among them);
+        nothing is kept then.
         """
         if not prompt.strip():
             raise PromptEmpty()
@@ -365,6 +366,8 @@ class Tasks:
         Where files changed on both sides nothing is written and they are named.
         """
         task = self._store.tasks.get(caller.account_id, task_id)
+        if task.expired_at is not None and not undo:
+            raise TaskExpired()
         if not caller.local:
             return self._instructions(task)
         result = None if undo else self._result_of(caller, task)
@@ -452,7 +455,7 @@ class Tasks:
 
     @staticmethod
     def _in_thread(function: Callable[..., T], *arguments: object) -> Awaitable[T]:
-        return anyio.to_thread.run_sync(lambda: function(*arguments))
+        return in_thread(lambda: function(*arguments))
 
 
 def _progress(task: Task) -> str:
@@ -462,6 +465,8 @@ def _progress(task: Task) -> str:
 def advise(task: Task) -> Task:
     """The task with what to do next, and when to look again."""
     match task.status:
+        case _ if task.expired_at is not None:
+            step, pause = "Its log, diff and bundles were pruned; submit it again if they are wanted.", None
         case TaskStatus.QUEUED | TaskStatus.RUNNING:
             step, pause = f"Wait with get_task(task_id={task.task_id!r}, wait_seconds=50).", 5.0
         case TaskStatus.WAITING:

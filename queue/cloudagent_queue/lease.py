@@ -40,6 +40,8 @@ class Timers:
     ring_again_s: float = 30.0
     """A task that waits longer than this is rung for once more."""
     sweep_s: float = 10.0
+    prune_s: float = 3600.0
+    """How often what finished tasks have left is pruned; also at a worker's start."""
     drain_s: float = 8.0
     """How long a stopping worker waits for its threads to let go of their tasks."""
 

@@ -171,9 +171,9 @@ class _Link:
                         return
                     if (delay_s := self._proxy.delay_s()) and self._cut.wait(delay_s):
                         return
-                    other = self._target if end is self._client else self._client
-                    if other is not None:
-                        other.sendall(data)
+                    if self._target is None:
+                        self._target = self._proxy.connect()  # the black hole ended while we waited
+                    (self._target if end is self._client else self._client).sendall(data)
         except OSError:
             pass  # a side that is gone ends the other
         finally:
