@@ -72,6 +72,8 @@ class Proxy:
         with self._guard:
             self._mode = mode
             if mode == "refuse" and self._listener is not None:
+                # A mere close would have it listen on for as long as the acceptor's `select` holds it.
+                self._listener.shutdown(socket.SHUT_RDWR)
                 self._listener.close()
                 self._listener = None
             elif mode != "refuse" and self._listener is None:
