@@ -144,6 +144,7 @@ class TaskRow(Model):
             (("account_id", "created_at", "task_id"), False),
             (("status",), False),
             (("account_id", "idempotency_key"), True),
+            (("expired_at", "kept_bytes"), False),
         )
 
 

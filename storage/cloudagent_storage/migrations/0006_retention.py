@@ -13,4 +13,6 @@ def up(migrator, db):
     migrator.migrate(
         migrator.add_column("tasks", "expired_at", Utc(null=True)),
         migrator.add_column("tasks", "kept_bytes", BigIntegerField(null=True)),
+        # For what is to be measured, and what is to be deleted.
+        migrator.add_index("tasks", ("expired_at", "kept_bytes")),
     )

@@ -123,7 +123,8 @@ class Retention:
     def _delete_some(self) -> bool:
         """Delete a part of what one expired task has left; False when none has left anything."""
         rows, tables = self._rows, self._db.tables
-        left = rows.expired_at.is_null(False) & (rows.kept_bytes.is_null() | (rows.kept_bytes != 0))
+        # In the words of the index: SQLite takes it for a range, and not for "is not null".
+        left = (rows.expired_at <= self._db.now) & (rows.kept_bytes.is_null() | (rows.kept_bytes != 0))
         with self._db.writing():
             task = self._db.locked(rows.select(rows.task_id).where(left).limit(1), skip=True).first()
             if task is None:
