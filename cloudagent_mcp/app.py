@@ -33,13 +33,15 @@ class App:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.brief = True
+        """Do people wait for what this process does? A worker sets it to False before it opens the store."""
 
     @cached_property
     def store(self) -> Store:
-        from cloudagent_storage.store import Store
+        from cloudagent_storage.store import BRIEF, PATIENT, Store
 
         self.settings.make_home()
-        store = Store.open(self.settings.store_url)
+        store = Store.open(self.settings.store_url, patience=BRIEF if self.brief else PATIENT)
         store.migrate()
         store.accounts.ensure(LOCAL_ACCOUNT)
         return store

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from cloudagent_mcp.operations import Caller, Operation
+from cloudagent_mcp.operations import Caller, Operation, in_thread
 from cloudagent_storage.errors import (
     CloudAgentError,
     CredentialMissing,
@@ -24,6 +24,8 @@ from cloudagent_storage.errors import (
     NotFound,
     NotNow,
     OutOfRange,
+    StorageFull,
+    TaskExpired,
     Unauthorized,
     Unavailable,
     WrongType,
@@ -37,9 +39,11 @@ STATUS: tuple[tuple[type[CloudAgentError], int], ...] = (
     (Unauthorized, 401),
     (Forbidden, 403),
     (NotFound, 404),
+    (TaskExpired, 410),
     (NotNow, 409),
     (CredentialMissing, 422),
     (InvalidInput, 422),
+    (StorageFull, 507),
     (Unavailable, 503),
 )
 ALIASES = {"repository_url": "repository"}
@@ -74,13 +78,13 @@ def _route(operation: Operation, caller: Callable[[Request], Caller]) -> Route:
 
 
 def _bundle_route(caller: Callable[[Request], Caller], bundle: Callable[[Caller, str, Any], bytes | None]) -> Route:
-    def endpoint(request: Request) -> Response:
+    async def endpoint(request: Request) -> Response:
         try:
             who = caller(request)
             kind = request.query_params.get("kind", "result")
             if kind not in ("input", "result"):
                 raise OutOfRange("kind must be input or result.", field="kind")
-            data = bundle(who, request.path_params["task_id"], kind)
+            data = await in_thread(lambda: bundle(who, request.path_params["task_id"], kind))
         except CloudAgentError as error:
             return problem(error)
         if data is None:

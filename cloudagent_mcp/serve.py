@@ -32,6 +32,7 @@ def serve(app: App, *, host: str, port: int) -> None:
         raise PortTaken() from error
     port = listener.getsockname()[1]
     app.store.check()
+    app.store.keep_reserve()
     app.ensure_worker()
     url = app.settings.public_url or f"http://{f'[{host}]' if ':' in host else host}:{port}"
     click.echo(f"cloudagent serves MCP at {url}/mcp and REST at {url}/api/v1")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import anyio.to_thread
+import anyio
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.transport_security import TransportSecuritySettings
@@ -23,7 +24,10 @@ from cloudagent_mcp.auth import Guard, allowed_hosts
 from cloudagent_mcp.operations import Caller
 from cloudagent_mcp.rest import make_routes, problem
 from cloudagent_mcp.tools import make_tools
-from cloudagent_storage.errors import CloudAgentError, NoRoute
+from cloudagent_storage.errors import CloudAgentError, DatabaseUnavailable, NoRoute
+
+HEALTH_S = 2.5
+"""Whoever watches a server gives up on a silent check after some seconds, and takes it for dead."""
 
 INSTRUCTIONS = """\
 Hands coding tasks to remote agents that work alone, each in a sandbox on a copy of a repository.
@@ -54,6 +58,35 @@ def mcp_server(app: App, *, remote: bool) -> MCPServer[Any]:
     )
 
 
+class Health:
+    """Whether the database answers, for whoever asks: on one thread of its own, that asks for all of them.
+
+    So it neither waits behind calls that wait for the same database, nor takes a thread from them.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="health")
+        self._asked: Future[None] | None = None
+
+    async def answer(self, _: Request) -> Response:
+        if self._asked is None or self._asked.done():
+            self._asked = self._thread.submit(lambda: self._app.store.check())
+        asked = self._asked
+        with anyio.move_on_after(HEALTH_S):
+            while not asked.done():
+                await anyio.sleep(0.005)
+        if not asked.done():
+            return problem(DatabaseUnavailable())
+        if isinstance(error := asked.exception(), CloudAgentError):
+            return problem(error)
+        asked.result()
+        return JSONResponse({"status": "ok", "version": __version__})
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
 def http_app(app: App, *, key: str, host: str, port: int) -> Starlette:
     """The ASGI application: `/mcp`, `/api/v1`, `/health`. Every route but `/health` wants a key."""
     hosts = allowed_hosts(app.settings, host=host, port=port)
@@ -76,20 +109,16 @@ def http_app(app: App, *, key: str, host: str, port: int) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         async with server.session_manager.run():
             yield
+        health.close()
 
-    async def health(_: Request) -> Response:
-        try:
-            await anyio.to_thread.run_sync(app.store.check)
-        except CloudAgentError as error:
-            return problem(error)
-        return JSONResponse({"status": "ok", "version": __version__})
+    health = Health(app)
 
     async def unknown(_: Request, __: Exception) -> Response:
         return problem(NoRoute())
 
     return Starlette(
         routes=[
-            Route("/health", health),
+            Route("/health", health.answer),
             Mount("/api/v1", routes=make_routes(app.operations.values(), caller, app.tasks.bundle)),
             Mount("/", app=mcp_app),
         ],

@@ -42,6 +42,10 @@ class Settings(BaseModel):
     worker_concurrency: int = Field(default=10, ge=1, le=1000)
     account_running_max: int | None = Field(default=None, ge=1, le=100_000)
     """How many tasks one account may have running at once, in the whole installation."""
+    retention_days: float = Field(default=90, ge=0, allow_inf_nan=False)
+    """How long the logs, diffs and bundles of finished tasks are kept; 0 is for ever."""
+    retention_mb: int = Field(default=10_000, ge=0)
+    """How much of them is kept for one account, in millions of bytes; 0 is without limit."""
     cloudagent_url: str | None = None
     cloudagent_api_key: SecretStr | None = None
     """Where `ca` finds its server; unset, it works in this very process."""

@@ -18,7 +18,7 @@ from cloudagent_mcp.embedded import IDLE_S, only_worker, stop_when_idle
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.run import Worker, run_waiting
 from cloudagent_queue.sandboxes import Provider, open_provider, place_of
-from cloudagent_queue.sweep import sweep_forever
+from cloudagent_queue.sweep import Kept, sweep_forever
 from cloudagent_storage.errors import CloudAgentError
 from cloudagent_storage.store import Store
 
@@ -44,6 +44,7 @@ def work(
     wake = threading.Event()
     settings = app.settings
     settings.make_home()
+    app.brief = False
     app.queue.check()
 
     def stop(*_: object) -> None:
@@ -54,6 +55,7 @@ def work(
             signal.signal(number, stop)
     with ExitStack() as stack:
         lock = stack.enter_context(only_worker(settings.cloudagent_home, version=__version__)) if embedded else None
+        app.store.keep_reserve()
         provider = functools.cache(functools.partial(_provider, app))
         worker = Worker(
             name=f"{socket.gethostname()}/{os.getpid()}",
@@ -81,6 +83,7 @@ def work(
                     keyring=worker.keyring,
                     ring=worker.ring,
                     deployment=worker.deployment,
+                    kept=Kept(days=settings.retention_days, megabytes=settings.retention_mb),
                     timers=timers,
                     stopping=stopping,
                     report=report,

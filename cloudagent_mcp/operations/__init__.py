@@ -12,13 +12,14 @@ import unicodedata
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 import anyio.to_thread
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from cloudagent_storage.errors import (
     CloudAgentError,
+    DatabaseBusy,
     InvalidCharacter,
     InvalidInput,
     InvalidUnicode,
@@ -30,6 +31,12 @@ from cloudagent_storage.errors import (
 from cloudagent_storage.records import LOCAL_ACCOUNT
 
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
+T = TypeVar("T")
+
+THREADS = 20
+"""Calls that one process works on at once: as many as the store has connections, so that no thread waits for one."""
+THREAD_WAIT_S = 4.0
+"""How long a call waits for a thread. With the store's own patience it is answered within ten seconds."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,30 @@ class Operation:
         checked = check_arguments(self.arguments, arguments)
         if inspect.iscoroutinefunction(self.call_checked):
             return await self.call_checked(caller, **checked)
-        return await anyio.to_thread.run_sync(lambda: self.call_checked(caller, **checked))
+        return await in_thread(lambda: self.call_checked(caller, **checked))
 
     @property
     def schema(self) -> dict[str, Any]:
         """The JSON schema of its arguments, without the noise that pydantic adds."""
         return plain_schema(self.arguments.model_json_schema(), of_arguments=True)
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """Call a function that may wait for the database on a thread. Raises `DatabaseBusy` when none is free in time.
+
+    Who comes while all are in use waits here, without a thread and not for ever.
+    """
+    threads, me = anyio.to_thread.current_default_thread_limiter(), object()
+    threads.total_tokens = THREADS
+    try:
+        with anyio.fail_after(THREAD_WAIT_S):
+            await threads.acquire_on_behalf_of(me)
+    except TimeoutError:
+        raise DatabaseBusy() from None
+    try:
+        return await anyio.to_thread.run_sync(function, limiter=anyio.CapacityLimiter(1))
+    finally:
+        threads.release_on_behalf_of(me)
 
 
 def operation(

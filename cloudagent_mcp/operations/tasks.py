@@ -9,18 +9,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-import anyio
-import anyio.to_thread
 from pydantic import Field
 
 from cloudagent_mcp import apply
-from cloudagent_mcp.operations import Caller, operation
+from cloudagent_mcp.operations import Caller, in_thread, operation
 from cloudagent_mcp.operations.credentials import Credentials, secret
 from cloudagent_mcp.operations.diffs import Diff, parse_diff
 from cloudagent_mcp.operations.submission import check_task, find_source
 from cloudagent_mcp.operations.waiting import wait_for
 from cloudagent_queue.agents import open_agent
-from cloudagent_storage.errors import NoChanges, NotReady, TargetNotAllowed
+from cloudagent_storage.errors import NoChanges, NotReady, TargetNotAllowed, TaskExpired
 from cloudagent_storage.records import (
     EventDraft,
     EventKind,
@@ -176,7 +174,8 @@ class Tasks:
         """Hand a coding task to a remote agent that works alone in a sandbox on a copy of a repository.
         Answers at once with a task_id; the task goes on whatever becomes of this call. Then wait with get_task.
 
-        Raises every error under InvalidInput, CredentialMissing and DatabaseUnavailable; nothing is kept then.
+        Raises every error under InvalidInput, CredentialMissing and DatabaseUnavailable (StorageFull among them);
+        nothing is kept then.
         """
         asked = {
             "prompt": prompt,
@@ -395,6 +394,8 @@ class Tasks:
         Where files changed on both sides nothing is written and they are named.
         """
         task = self._store.tasks.get(caller.account_id, task_id)
+        if task.expired_at is not None and not undo:
+            raise TaskExpired()
         if not caller.local:
             return self._instructions(task)
         result = None if undo else self._result_of(caller, task)
@@ -469,12 +470,14 @@ class Tasks:
 
     @staticmethod
     def _in_thread(function: Callable[..., T], *arguments: object) -> Awaitable[T]:
-        return anyio.to_thread.run_sync(lambda: function(*arguments))
+        return in_thread(lambda: function(*arguments))
 
 
 def advise(task: Task) -> Task:
     """The task with what to do next, and when to look again."""
     match task.status:
+        case _ if task.expired_at is not None:
+            step, pause = "Its log, diff and bundles were pruned; submit it again if they are wanted.", None
         case TaskStatus.QUEUED | TaskStatus.RUNNING:
             step, pause = f"Wait with get_task(task_id={task.task_id!r}, wait_seconds=50).", 5.0
         case TaskStatus.WAITING:

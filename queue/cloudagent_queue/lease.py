@@ -44,6 +44,8 @@ class Timers:
     """How long a task is left alone that was given back since its sandbox or the database did not answer."""
     patience_s: float = 600.0
     """How long a task waits for the machine that its sandbox is on."""
+    prune_s: float = 3600.0
+    """How often what finished tasks have left is pruned; also at a worker's start."""
     drain_s: float = 8.0
     """How long a stopping worker waits for its threads to let go of their tasks."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +29,7 @@ from cloudagent_storage.errors import (
     SandboxError,
     SandboxGone,
     SandboxUnreachable,
+    StorageFull,
 )
 from cloudagent_storage.records import (
     Artifacts,
@@ -47,6 +51,10 @@ from cloudagent_storage.secrets import Keyring
 from cloudagent_storage.store import Store
 
 log = logging.getLogger(__name__)
+
+
+FULL_BYTES = 1_000_000
+"""A disk with less free space than this is full."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,11 @@ class Attempt:
                 self.set_up()
                 self.start_agent()
             return self.follow()
-        except (LeaseLost, Draining, SandboxUnreachable, DatabaseUnavailable):
+        except (LeaseLost, Draining, DatabaseUnavailable):
+            raise
+        except SandboxUnreachable as error:
+            if (full := self.full_disk(error)) is not None:
+                return full
             raise
         except _Ended as ended:
             return ended.ending
@@ -210,9 +222,11 @@ class Attempt:
         except CloudAgentError as error:
             if self.lease.signals.cancel_requested:
                 return Ending.cancelled()  # that is why it failed
-            return Ending.failed(_task_code(error), error.message, error.remedy)
-        except Exception:
+            return self.full_disk(error) or Ending.failed(_task_code(error), error.message, error.remedy)
+        except Exception as error:
             log.exception("%s failed in a way that nobody foresaw", self.task_id)
+            if (full := self.full_disk(error)) is not None:
+                return full
             return Ending.failed("internal", Internal().message, Internal.remedy)
 
     def adopt_sandbox(self) -> bool:
@@ -413,7 +427,10 @@ class Attempt:
             changes = repository.inspect(self.input_bundle(), self.base_sha, bundle, branch)
         except (LeaseLost, SandboxUnreachable, DatabaseUnavailable):
             raise
-        except CloudAgentError as error:
+        except Exception as error:
+            self.full_disk(error)
+            if not isinstance(error, CloudAgentError):
+                raise
             self.note(f"The agent's work could not be brought out: {error.message}", level=Level.ERROR, kind="error")
             return False
         self.keep("result", bundle)
@@ -507,6 +524,23 @@ class Attempt:
     def box(self) -> Sandbox:
         assert self.sandbox is not None
         return self.sandbox
+
+    def full_disk(self, error: Exception) -> Ending | None:
+        """How the attempt ends where a full disk of this worker's is behind its failure; None where none is.
+
+        Most of what fails is git, which says no more than that it failed: so the disks are asked. Raises `StorageFull`
+        once an agent has run: its work is safe in the sandbox, and another attempt goes on when there is space.
+        """
+        cause = error if isinstance(error, OSError) else error.__cause__
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        for folder in (self.worker.cache_folder.parent, Path(tempfile.gettempdir())):
+            with contextlib.suppress(OSError):
+                full = full or shutil.disk_usage(folder).free < FULL_BYTES
+        if not full:
+            return None
+        if self.agent_has_run:
+            raise StorageFull() from error
+        return Ending.failed("storage_full", "The worker's disk is full.", "Free space there; then submit it again.")
 
     def provider(self) -> Provider:
         return self.worker.open_provider(self.claim.task.provider or self.spec.provider or "local")

@@ -1,4 +1,4 @@
-"""What time brings: schedules that are due, doorbells that were lost, leases that ran out, sandboxes that nobody owns.
+"""What time brings: schedules that are due, lost doorbells, leases that ran out, sandboxes of nobody, tasks grown old.
 
 A plain thread in every worker, never a queued job: a sweep that hangs on the queue could not mend the queue.
 """
@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.sandboxes import Provider
@@ -29,6 +30,15 @@ WAKE_S = 0.5
 """The longest that a sweeper which is woken goes on waiting."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How much is kept of finished tasks; 0 is without limit."""
+
+    days: float
+    megabytes: int
+    """For one account, in millions of bytes."""
+
+
 def sweep_forever(
     store: Store,
     queue: TaskQueue,
@@ -37,6 +47,7 @@ def sweep_forever(
     keyring: Keyring,
     ring: Callable[[str], None],
     deployment: str,
+    kept: Kept,
     timers: Timers,
     stopping: threading.Event,
     wake: threading.Event,
@@ -46,11 +57,23 @@ def sweep_forever(
 
     `ring` tells the queue of a task and raises nothing. `report` is told of every turn, and whether all of it was done.
     """
+    pruned_at: float | None = None
+
+    def age() -> int:
+        nonlocal pruned_at
+        store.keep_reserve()
+        if pruned_at is not None and time.monotonic() - pruned_at < timers.prune_s:
+            return 0
+        count = prune(store, kept, stopping)
+        pruned_at = time.monotonic()
+        return count
+
     duties: list[Callable[[], object]] = [
         # First, so that no queue and no sandbox provider that hangs makes a schedule late.
         functools.partial(fire_due, store, keyring, ring),
         functools.partial(ring_again, store, queue, timers),
         *(lambda open=open: kill_orphans(store, open(), deployment=deployment) for open in providers),
+        age,
     ]
     while True:
         wake.clear()
@@ -73,7 +96,19 @@ def _try(duty: Callable[[], object]) -> object:
         log.warning("sweep: %s", error)
     except Exception:
         log.exception("sweep")
-    return False
+    return None
+
+
+def prune(store: Store, kept: Kept, stopping: threading.Event) -> int:
+    """Let go of what finished tasks have left beyond what is kept. Returns how many tasks that were."""
+    count = store.retention.prune(
+        max_age_s=kept.days * 86_400 or None,
+        max_bytes=kept.megabytes * 1_000_000 or None,
+        go_on=lambda: not stopping.is_set(),
+    )
+    if count:
+        log.info("%d tasks have expired: their logs, diffs and bundles are deleted", count)
+    return count
 
 
 def ring_again(store: Store, queue: TaskQueue, timers: Timers) -> int:

@@ -22,7 +22,9 @@ from huey import RedisHuey, SqliteHuey
 from huey.consumer import Consumer
 from huey.registry import Message
 from huey.serializer import Serializer
-from huey.storage import SqliteStorage
+from huey.storage import RedisStorage, SqliteStorage
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from cloudagent_storage.errors import QueueUnavailable
 
@@ -32,7 +34,15 @@ QUEUE_NAME = "cloudagent"
 TASK_NAME = "run_task"
 TICK_NAME = "tick"
 CONNECT_TIMEOUT_S = 2.0
-READ_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 2.0
+BLOCK_S = 1
+"""How long an idle consumer's call waits in Redis; less than the time-out of its socket."""
+QUIET_S = 5.0
+"""After a ring that failed, no other is tried for so long: it would hold up a submit, whose row is safe anyway."""
+AGAIN_S = 1.0
+"""How soon a consumer whose queue failed looks at it again."""
+TELL_S = 60.0
+"""How often a failing queue is written to the log; many threads see it, and a log can fill a disk."""
 POLL_S = 0.02
 """How often an idle consumer looks whether the queue's file has changed; one thread of all looks."""
 
@@ -96,6 +106,36 @@ class _Waker:
                 self._connection = None
 
 
+class _Outage:
+    """What a consumer does while its queue fails: huey's own way logs a traceback for each thread and try."""
+
+    def __init__(self) -> None:
+        self._told_at = -TELL_S
+
+    def wait(self, error: Exception) -> None:
+        if time.monotonic() - self._told_at >= TELL_S:
+            self._told_at = time.monotonic()
+            log.warning("the queue does not answer (%s); trying again, for as long as it takes", type(error).__name__)
+        time.sleep(AGAIN_S)
+
+
+class _PatientRedisStorage(RedisStorage):
+    """A consumer of it outlives every outage of Redis."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._outage = _Outage()
+
+    def dequeue(self) -> bytes | None:
+        # Not huey's own: to it a connection that timed out is an empty queue, and it asks again in the same moment.
+        try:
+            found: Any = self.conn.brpop([self.queue_key], timeout=BLOCK_S)
+        except redis.RedisError as error:
+            self._outage.wait(error)
+            return None
+        return None if found is None else found[1]
+
+
 class _WakingSqliteStorage(SqliteStorage):
     """Huey's own polling of SQLite backs off to ten seconds; this one wakes within `POLL_S` of an enqueue."""
 
@@ -104,10 +144,15 @@ class _WakingSqliteStorage(SqliteStorage):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.waker = _Waker(self.filename)
+        self._outage = _Outage()
 
     def dequeue(self) -> bytes | None:
         seen = self.waker.generation()
-        data = super().dequeue()
+        try:
+            data = super().dequeue()
+        except sqlite3.OperationalError as error:  # on a full disk nothing can be taken out either
+            self._outage.wait(error)
+            return None
         if data is None:
             self.waker.wait(seen, timeout_s=1.0)
         return data
@@ -137,14 +182,23 @@ class TaskQueue:
         self.url = url
         self._run: Callable[[str], None] | None = None
         self._tick: Callable[[], None] | None = None
+        self._quiet_until = 0.0
         scheme = urlsplit(url).scheme
         if scheme in ("redis", "rediss"):
             pool = redis.ConnectionPool.from_url(
-                url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=READ_TIMEOUT_S
+                url,
+                socket_connect_timeout=CONNECT_TIMEOUT_S,
+                socket_timeout=READ_TIMEOUT_S,
+                # Each retry would wait for the time-out once more.
+                retry=Retry(NoBackoff(), 0),
             )
             self._redis: redis.Redis | None = redis.Redis(connection_pool=pool)
             make = lambda: RedisHuey(  # noqa: E731
-                QUEUE_NAME, results=False, serializer=_JsonMessages(), connection_pool=pool
+                QUEUE_NAME,
+                results=False,
+                serializer=_JsonMessages(),
+                storage_class=_PatientRedisStorage,
+                connection_pool=pool,
             )
         elif scheme == "sqlite":
             self._redis = None
@@ -180,10 +234,13 @@ class TaskQueue:
         self._huey.periodic_task(lambda _: True, name=TICK_NAME)(tick)
 
     def put(self, task_id: str) -> None:
-        """Ring for a task. Raises `QueueUnavailable`; the task itself is safe in its row."""
+        """Ring for a task. Raises `QueueUnavailable`, at once when it has just failed; the task is safe in its row."""
+        if time.monotonic() < self._quiet_until:
+            raise QueueUnavailable()
         try:
             self._message(task_id)
         except (redis.RedisError, sqlite3.Error, OSError) as error:
+            self._quiet_until = time.monotonic() + QUIET_S
             raise QueueUnavailable() from error
 
     def waiting(self) -> int:

@@ -15,12 +15,15 @@
     + TaskNotFound, ScheduleNotFound, KeyNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
     + NotReady, NoChanges, AlreadyApplied, NothingToUndo, Busy
+    + TaskExpired
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
     + LimitReached
   x CredentialMissing
   x Unauthorized, Forbidden, ForbiddenHost
   x Unavailable                 something we depend on does not answer
-    + DatabaseUnavailable, QueueUnavailable, ServerUnreachable, GitMissing, PortTaken
+    + DatabaseUnavailable       whatever was to be done may be tried again
+      - DatabaseBusy, StorageFull
+    + QueueUnavailable, ServerUnreachable, GitMissing, PortTaken
     + SandboxUnavailable        no sandbox can be made at all
   x SandboxError                about one sandbox
     + SandboxGone               it is confirmed dead: make a new one
@@ -306,6 +309,14 @@ class NotReady(NotNow):
     field = "task_id"
 
 
+class TaskExpired(NotNow):
+    """The task's log and files were pruned; only what get_task shows is left."""
+
+    code = "task_expired"
+    remedy = "Submit the task again if its result is still wanted; RETENTION_DAYS and RETENTION_MB say what is kept."
+    field = "task_id"
+
+
 class NoChanges(NotNow):
     """The task changed no file."""
 
@@ -417,6 +428,23 @@ class DatabaseUnavailable(Unavailable):
 
     code = "database_unavailable"
     remedy = "Check DATABASE_URL, and that the server runs; `ca doctor` tells more. Try again."
+
+
+class DatabaseBusy(DatabaseUnavailable):
+    """Every connection to the database is in use."""
+
+    code = "database_busy"
+    remedy = "Try again in a moment; if it stays so, raise max_connections in Postgres or run fewer processes."
+
+
+class StorageFull(DatabaseUnavailable):
+    """The disk is full: nothing new is accepted, and nothing that was accepted is lost."""
+
+    code = "storage_full"
+    remedy = (
+        "Free space on the disk of the data folder or of the database, or keep less with RETENTION_DAYS and "
+        "RETENTION_MB; then try again."
+    )
 
 
 class QueueUnavailable(Unavailable):

@@ -119,6 +119,7 @@ TaskErrorCode = Literal[
     "interrupted",
     "poisoned",
     "cancelled_by_user",
+    "storage_full",
     "internal",
 ]
 
@@ -245,6 +246,8 @@ class Task(Record):
     created_at: datetime
     started_at: datetime | None = None
     completed_at: datetime | None = None
+    expired_at: datetime | None = None
+    """Since when its log, diff and bundles are gone."""
     result: Result | None = None
     error: TaskError | None = None
     usage: Usage = Usage()

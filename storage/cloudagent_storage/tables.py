@@ -144,6 +144,10 @@ class TaskRow(Model):
     sandbox_place = Text(null=True)
     """Where the sandbox is, if only workers of that place reach it."""
     retry_of = CharField(40, null=True)
+    expired_at = Utc(null=True)
+    """Since when its log and blobs count as gone; they are deleted after that, in small steps."""
+    kept_bytes = BigIntegerField(null=True)
+    """What its log and blobs take up, measured once after its end; 0 when they are deleted."""
 
     class Meta:
         indexes = (
@@ -152,6 +156,7 @@ class TaskRow(Model):
             (("status", "account_id"), False),
             (("account_id", "idempotency_key"), True),
             (("schedule_id", "status"), False),
+            (("expired_at", "kept_bytes"), False),
         )
 
 

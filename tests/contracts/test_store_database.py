@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg2
@@ -16,7 +17,7 @@ from playhouse.schema_diff import diff_models  # pyright: ignore[reportMissingTy
 
 from cloudagent_storage.errors import CloudAgentError, DatabaseUnavailable
 from cloudagent_storage.records import LOCAL_ACCOUNT
-from cloudagent_storage.store import Store, database
+from cloudagent_storage.store import PATIENT, Store, database
 from cloudagent_storage.store.row import change_held
 from tests.support.postgres import PostgresServer
 from tests.support.stored import EXPIRED, claimed, in_processes, line, messages, queued
@@ -135,10 +136,8 @@ def test_a_file_that_is_no_database_is_unavailable(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_writer_who_waits_too_long_for_another_is_told(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "WAIT_S", 1)
-    monkeypatch.setitem(database.SERVER_SETTINGS, "lock_timeout", "1s")
-    store = Store.open(store_url)
+def test_a_writer_who_waits_too_long_for_another_is_told(store_url: str) -> None:
+    store = Store.open(store_url, patience=replace(PATIENT, lock_s=1))
     task_id = queued(store)
     with locked_tasks(store_url) as unlock:
         with pytest.raises(DatabaseUnavailable):
@@ -153,8 +152,7 @@ def test_a_pool_without_a_free_connection_is_unavailable_and_recovers(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "CONNECTIONS", 1)
-    monkeypatch.setattr(database, "WAIT_S", 1)
-    store = Store.open(store_url)
+    store = Store.open(store_url, patience=replace(PATIENT, pool_s=1, lock_s=1))
     task_id = queued(store)
     answers: list[CloudAgentError | None] = []
 

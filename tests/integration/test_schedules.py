@@ -19,7 +19,7 @@ from cloudagent_mcp.client import LocalClient
 from cloudagent_mcp.embedded import only_worker, running_worker, stop_when_idle
 from cloudagent_mcp.server import http_app, mcp_server
 from cloudagent_queue.lease import Timers
-from cloudagent_queue.sweep import sweep_forever
+from cloudagent_queue.sweep import Kept, sweep_forever
 from cloudagent_queue.task_queue import TaskQueue
 from cloudagent_storage import errors
 from cloudagent_storage.records import LOCAL_ACCOUNT, MAX_SCHEDULES
@@ -262,6 +262,7 @@ class Sweeper:
     def __init__(self, world: World, queue: TaskQueue, *, sweep_s: float) -> None:
         self.stopping, self.wake = threading.Event(), threading.Event()
         self.rung: list[str] = []
+        self.swept: list[bool] = []
         self._thread = threading.Thread(
             target=sweep_forever,
             args=(world.app().store, queue, []),
@@ -272,7 +273,8 @@ class Sweeper:
                 "timers": Timers(sweep_s=sweep_s, ring_again_s=0.1),
                 "stopping": self.stopping,
                 "wake": self.wake,
-                "report": lambda _: None,
+                "report": self.swept.append,
+                "kept": Kept(days=0, megabytes=0),
             },
         )
 

@@ -181,6 +181,7 @@ class World:
         return cast("dict[str, Any]", ended)
 
     def close(self) -> None:
+        """Stop everything, and leave nothing large behind."""
         for app in self.apps:
             app.close()
         for process in self.workers:
@@ -197,6 +198,7 @@ class World:
             provider = open_provider(name, data_folder=self.home)
             for info in provider.list({}):
                 provider.connect(info.id).kill()
+        (self.home / "reserve").unlink(missing_ok=True)
 
 
 class AppWithoutWorker(App):

@@ -8,22 +8,25 @@ from cloudagent_storage.store.accounts import Accounts
 from cloudagent_storage.store.backlog import Backlog
 from cloudagent_storage.store.blobs import MAX_BLOB_BYTES, Blobs
 from cloudagent_storage.store.changes import Changes as Feed
-from cloudagent_storage.store.database import Database
+from cloudagent_storage.store.database import CONNECTIONS, Database
 from cloudagent_storage.store.events import Events
 from cloudagent_storage.store.keys import Keys
 from cloudagent_storage.store.messages import Messages
+from cloudagent_storage.store.postgres import BRIEF, PATIENT, Patience
+from cloudagent_storage.store.retention import Retention
 from cloudagent_storage.store.schedules import ScheduleChanges, Schedules
 from cloudagent_storage.store.tasks import Changes, Tasks
 from cloudagent_storage.store.workers import Workers
 
-__all__ = ["MAX_BLOB_BYTES", "Changes", "ScheduleChanges", "Store"]
+__all__ = ["BRIEF", "CONNECTIONS", "MAX_BLOB_BYTES", "PATIENT", "Changes", "Patience", "ScheduleChanges", "Store"]
 
 
 class Store:
     """Everything that is kept, in one database. Safe to use from any thread.
 
     Each call is one transaction, and holds a connection only for its length. Every one of them raises
-    `DatabaseUnavailable` when the database does not answer in time; what it was to do may then be tried again.
+    `DatabaseUnavailable` when the database does not answer in time; what it was to do may then be tried again. Those
+    that write raise `StorageFull`, which is one, when the database's disk is full.
     """
 
     def __init__(self, database: Database) -> None:
@@ -38,14 +41,16 @@ class Store:
         self.changes = Feed(database)
         self.keys = Keys(database)
         self.schedules = Schedules(database, self.tasks)
+        self.retention = Retention(database)
 
     @classmethod
-    def open(cls, url: str) -> Store:
+    def open(cls, url: str, *, patience: Patience = PATIENT) -> Store:
         """The store at `sqlite:////absolute/path.db` or `postgresql://…`; nothing is connected to yet.
 
+        `patience` is how long its calls wait: `BRIEF` where people wait for the answer.
         Raises `DatabaseUnavailable` when the address is of neither kind.
         """
-        return cls(Database(url))
+        return cls(Database(url, patience=patience))
 
     def migrate(self) -> None:
         """Bring the tables up to date. Any number of processes may do so at once; one works, the others wait."""
@@ -59,6 +64,10 @@ class Store:
     def check(self) -> None:
         """Raises `DatabaseUnavailable` when the database does not answer."""
         self._database.check()
+
+    def keep_reserve(self) -> None:
+        """Keep some space of the database's disk in reserve, for the time when it is full. Raises nothing."""
+        self._database.keep_reserve()
 
     def close(self) -> None:
         """Close every connection, also those in use. A call after it connects again."""

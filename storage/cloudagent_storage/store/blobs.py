@@ -8,7 +8,7 @@ import zlib
 from cloudagent_storage.errors import RepositoryTooLarge, TaskNotFound
 from cloudagent_storage.records import BlobKind
 from cloudagent_storage.store.database import Database
-from cloudagent_storage.store.row import change, change_held, find
+from cloudagent_storage.store.row import change, change_held, find_kept
 
 MAX_BLOB_BYTES = 200_000_000
 """The size that a blob may have, before it is compressed."""
@@ -49,9 +49,11 @@ class Blobs:
             write_blob(self._db, task_id, kind, data, size)
 
     def get(self, account_id: str, task_id: str, kind: BlobKind) -> bytes | None:
-        """A blob of an account's task, or None where there is none. Raises `TaskNotFound`."""
+        """A blob of an account's task, or None where there is none. Raises `TaskNotFound` and `TaskExpired`."""
         rows = self._db.tables.blobs
         with self._db.reading():
-            find(self._db, account_id, task_id, columns=[self._db.tables.tasks.task_id])
+            find_kept(self._db, account_id, task_id)
             row = rows.select(rows.data).where(rows.task_id == task_id, rows.kind == kind).first()
+            if row is None:
+                find_kept(self._db, account_id, task_id)  # it may have expired between the two
         return None if row is None else zlib.decompress(row.data)

@@ -9,7 +9,7 @@ from cloudagent_storage.errors import TaskNotFound
 from cloudagent_storage.records import EventDraft, EventKind, Level, LogPage
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.log import line_of
-from cloudagent_storage.store.row import change, change_held, find
+from cloudagent_storage.store.row import change, change_held, find, find_kept
 
 
 class Events:
@@ -43,11 +43,13 @@ class Events:
         """The lines that follow line `after`: at most `limit`, of at least that level, of these kinds if any are named.
 
         `next_after` is the last line that was looked at, whether or not it was one of those; `more` says whether a line
-        after it would have been. Raises `TaskNotFound`.
+        after it would have been. Raises `TaskNotFound` and `TaskExpired`.
         """
         rows = self._db.tables.events
         with self._db.reading():
-            last_seq = self._last_seq(account_id, task_id)
+            columns = [self._db.tables.tasks.last_seq, self._db.tables.tasks.completed_at]
+            task = find_kept(self._db, account_id, task_id, columns=columns)
+            last_seq = task.last_seq
             # Up to the last line of before, so that what is committed in between is not taken for looked at.
             query = rows.select(*self._columns(raw)).where(
                 rows.task_id == task_id, rows.seq > after, rows.seq <= last_seq
@@ -57,22 +59,25 @@ class Events:
             if kinds:
                 query = query.where(rows.kind.in_(kinds))
             lines = [line_of(row, raw=raw) for row in query.order_by(rows.seq).limit(limit + 1)]
+            if task.completed_at is not None:
+                find_kept(self._db, account_id, task_id)  # no part of a log that is being deleted passes for all of it
         more = len(lines) > limit
         lines = lines[:limit]
         next_after = lines[-1].seq if more and lines else after if more else max(after, last_seq)
         return LogPage(task_id=task_id, lines=tuple(lines), next_after=next_after, more=more)
 
     def tail(self, account_id: str, task_id: str, count: int) -> LogPage:
-        """The last `count` lines, oldest first. Raises `TaskNotFound`."""
+        """The last `count` lines, oldest first; none of a task that has expired. Raises `TaskNotFound`."""
         rows = self._db.tables.events
         with self._db.reading():
-            last_seq = self._last_seq(account_id, task_id)
+            columns = [self._db.tables.tasks.last_seq, self._db.tables.tasks.expired_at]
+            task = find(self._db, account_id, task_id, columns=columns)
+            last_seq = task.last_seq
+            if task.expired_at is not None:
+                return LogPage(task_id=task_id, lines=(), next_after=last_seq, more=False)
             query = rows.select(*self._columns(False)).where(rows.task_id == task_id, rows.seq <= last_seq)
             newest = [line_of(row, raw=False) for row in query.order_by(rows.seq.desc()).limit(count)]
         return LogPage(task_id=task_id, lines=tuple(reversed(newest)), next_after=last_seq, more=False)
-
-    def _last_seq(self, account_id: str, task_id: str) -> int:
-        return find(self._db, account_id, task_id, columns=[self._db.tables.tasks.last_seq]).last_seq
 
     def _columns(self, raw: bool) -> Sequence[object]:
         rows = self._db.tables.events

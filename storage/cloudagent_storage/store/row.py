@@ -9,7 +9,7 @@ from typing import Any
 
 from peewee import Expression
 
-from cloudagent_storage.errors import LeaseLost, TaskNotFound
+from cloudagent_storage.errors import LeaseLost, TaskExpired, TaskNotFound
 from cloudagent_storage.records import (
     TERMINAL,
     EventDraft,
@@ -47,6 +47,14 @@ def find(db: Database, account_id: str, task_id: str, *, lock: bool = False, col
         row = (db.locked(query) if lock else query).first()
     if row is None:
         raise TaskNotFound()
+    return row
+
+
+def find_kept(db: Database, account_id: str, task_id: str, *, columns: Sequence[Any] = ()) -> TaskRow:
+    """An account's task whose log and blobs are still kept. Raises `TaskNotFound` and `TaskExpired`."""
+    row = find(db, account_id, task_id, columns=[*columns, db.tables.tasks.expired_at])
+    if row.expired_at is not None:
+        raise TaskExpired()
     return row
 
 
@@ -131,6 +139,7 @@ def task_of(row: TaskRow) -> Task:
         created_at=row.created_at,
         started_at=row.started_at,
         completed_at=row.completed_at,
+        expired_at=row.expired_at,
         result=None if row.result is None else Result.model_validate(row.result),
         error=None if row.error is None else TaskError.model_validate(row.error),
         # A number that JSON cannot express was kept as null.

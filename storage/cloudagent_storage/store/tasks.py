@@ -101,9 +101,10 @@ class Tasks:
         """Keep a new task, with all that belongs to it, in one step.
 
         With an `idempotency` that the account has used before, nothing is kept, and the earlier task is the answer;
-        however many submits race, there is one task. Raises `RepositoryTooLarge`, and `IdempotencyMismatch` for a key
-        that was used with other arguments.
+        however many submits race, there is one task. Raises `RepositoryTooLarge`, `StorageFull`, and
+        `IdempotencyMismatch` for a key that was used with other arguments.
         """
+        self._db.check_room()
         task_id = task_id or new_id("task")
         ready: list[tuple[BlobKind, bytes, int]] = [
             (kind, packed(data), len(data)) for kind, data in (blobs.items() if blobs else ())
