@@ -217,7 +217,7 @@ def test_a_clock_that_was_set_back_fires_nothing_twice(store: Store) -> None:
     held = store.schedules.hold(LOCAL_ACCOUNT, schedule.schedule_id)
     assert store.schedules.change(held, next_due_at=due_at)
     assert fire(store) == []
-    assert len(runs(store, schedule.schedule_id)) == 1
+    assert len(runs(store, schedule.schedule_id)) == store.tasks.list(LOCAL_ACCOUNT).total == 1
     assert store.schedules.get(LOCAL_ACCOUNT, schedule.schedule_id).next_due_at[0] > due_at
 
 
