@@ -374,7 +374,13 @@ class Attempt:
                 if ended is not None or not alive or now - since > self.timers.stop_grace_s:
                     return ending.with_summary_of(ended)
             elif ended is not None:
-                return ended
+                # It may be that an earlier attempt asked it to stop, and died.
+                why = (
+                    None
+                    if ended.status is TaskStatus.COMPLETED
+                    else self.reason_to_stop(now - started, limit_s, 0, reader)
+                )
+                return ended if why is None else why.with_summary_of(ended)
             elif not alive:
                 if said := self.box.output(max_bytes=2000).decode("utf-8", "replace").strip():
                     self.note(self.redactor.text(said), level=Level.WARNING, kind="stderr")
