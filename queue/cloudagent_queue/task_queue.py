@@ -41,6 +41,8 @@ QUIET_S = 5.0
 """After a ring that failed, no other is tried for so long: it would hold up a submit, whose row is safe anyway."""
 AGAIN_S = 1.0
 """How soon a consumer whose queue failed looks at it again."""
+RING_S = 0.5
+"""How often, then, one of its threads looks for work without having been rung for."""
 TELL_S = 60.0
 """How often a failing queue is written to the log; many threads see it, and a log can fill a disk."""
 POLL_S = 0.02
@@ -111,12 +113,18 @@ class _Outage:
 
     def __init__(self) -> None:
         self._told_at = -TELL_S
+        self._rang_at = -RING_S
 
-    def wait(self, error: Exception) -> None:
+    def wait(self, error: Exception) -> bytes | None:
+        """A ring of the consumer's own now and then, as nobody else's arrives: tasks start while the queue is away."""
         if time.monotonic() - self._told_at >= TELL_S:
             self._told_at = time.monotonic()
             log.warning("the queue does not answer (%s); trying again, for as long as it takes", type(error).__name__)
         time.sleep(AGAIN_S)
+        if time.monotonic() - self._rang_at < RING_S:
+            return None
+        self._rang_at = time.monotonic()
+        return json.dumps({"id": "", "name": TASK_NAME, "args": [""]}).encode()
 
 
 class _PatientRedisStorage(RedisStorage):
@@ -131,8 +139,7 @@ class _PatientRedisStorage(RedisStorage):
         try:
             found: Any = self.conn.brpop([self.queue_key], timeout=BLOCK_S)
         except redis.RedisError as error:
-            self._outage.wait(error)
-            return None
+            return self._outage.wait(error)
         return None if found is None else found[1]
 
 
@@ -151,8 +158,7 @@ class _WakingSqliteStorage(SqliteStorage):
         try:
             data = super().dequeue()
         except sqlite3.OperationalError as error:  # on a full disk nothing can be taken out either
-            self._outage.wait(error)
-            return None
+            return self._outage.wait(error)
         if data is None:
             self.waker.wait(seen, timeout_s=1.0)
         return data

@@ -37,16 +37,13 @@ def swallowed(
         during.append(installation.submit(steps=3))
         taken.append(time.monotonic() - began)
     until(lambda: "sweep: The queue does not answer" in worker.log(), "the worker's sweeper is not answered", 60)
-    # Whoever runs needs no Redis; whoever waits is safe in its row, and waits.
+    # Neither whoever runs needs a Redis, nor whoever waits: the worker looks for itself.
     calls = [installation.calls(task) for task in running]
     assert all(count > 2 for count in calls)
-    assert [installation.task(task).status for task in during] == ["queued"] * submits
+    until(lambda: all(installation.journal(task, "start") for task in during), "they start without a Redis", 60)
     deliver()
-    began = time.monotonic()
     installation.conclude()
     assert max(taken) < SUBMIT_S, taken
-    started = [installation.journal(task, "start")[0]["at"] - began for task in during]
-    assert max(started) < CONSUMER_S + installation.timers.ring_again_s + 10, started
     assert [installation.attempts(task) for task in running + during] == [1] * (2 + submits)
 
 
@@ -58,7 +55,7 @@ def proxy(valkey: ValkeyServer) -> Iterator[Proxy]:
         yield proxy
 
 
-def test_a_hung_redis_bounds_submits_and_delays_tasks(
+def test_a_hung_redis_bounds_submits_and_keeps_no_task_from_starting(
     proxy: Proxy, make_installation: Callable[..., Installation], postgres_url: str
 ) -> None:
     installation = make_installation(database=postgres_url, queue=f"redis://127.0.0.1:{proxy.port}/0")
@@ -72,7 +69,7 @@ def test_a_hung_redis_bounds_submits_and_delays_tasks(
 
 
 @pytest.mark.full
-def test_a_network_that_drops_every_packet_bounds_submits_and_delays_tasks(tmp_path: Path) -> None:
+def test_a_network_that_drops_every_packet_bounds_submits_and_keeps_no_task_from_starting(tmp_path: Path) -> None:
     def body() -> None:
         server = ValkeyServer()
         with contextlib.ExitStack() as stack:
