@@ -352,6 +352,8 @@ class Attempt:
                 raise Draining
             ended = read_result(self.box)
             alive = ended is None and self.box.alive()
+            if ended is None and not alive:
+                ended = read_result(self.box)  # it may have come to its end between the two looks
             now = time.monotonic()
             # Read after looking for the end, so that the last lines are never missed.
             if events := reader.read():

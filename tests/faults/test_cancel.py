@@ -86,7 +86,6 @@ def await_moment(installation: Installation, task_id: str, what: str) -> None:
 def cancelled_at_every_moment(installation: Installation, fault: Callable[[], None]) -> None:
     """Tasks of which each is cancelled at another moment of its life, twice, while `fault` happens."""
     seen = Seen()
-    prompt = installation.arguments({"steps": STEPS, "step_s": 0.25}, {})
     with installation.client() as client, seen.looking(installation), ThreadPoolExecutor(len(MOMENTS) + 1) as pool:
 
         def one(task_id: str, what: str, then_s: float) -> tuple[str, bool, bool]:
@@ -94,8 +93,11 @@ def cancelled_at_every_moment(installation: Installation, fault: Callable[[], No
             time.sleep(then_s)
             return task_id, cancel_somehow(client, task_id), cancel_somehow(client, task_id)
 
-        for _ in MOMENTS:
-            installation.accepted.append(client.call("submit_task", **prompt)["task_id"])
+        for what, _ in MOMENTS:
+            # Whoever is cancelled at its work has enough of it for two restarts of whatever fails.
+            steps = STEPS if what in ("end", "terminal") else 240
+            arguments = installation.arguments({"steps": steps, "step_s": 0.25}, {})
+            installation.accepted.append(client.call("submit_task", **arguments)["task_id"])
         told = [pool.submit(one, task_id, *at) for task_id, at in zip(installation.accepted, MOMENTS, strict=True)]
         until(lambda: sum(map(installation.calls, installation.accepted)), "an agent works")
         fault()
