@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from cloudagent_queue.agents import EVENTS, RESULT
 from cloudagent_queue.redact import Redactor
 from cloudagent_queue.sandboxes import Sandbox
+from cloudagent_storage.errors import CloudAgentError
 from cloudagent_storage.records import EventDraft, EventKind, Level, TaskError, TaskErrorCode, TaskStatus, Usage
 
 CHUNK = 1_000_000
@@ -25,6 +26,19 @@ REMEDIES: dict[TaskErrorCode, str] = {
     "budget_exceeded": "The work so far is saved; submit again with a higher max_budget_usd.",
     "credential_rejected": "Check ANTHROPIC_API_KEY or CLAUDE_CODE_OAUTH_TOKEN, and submit the task again.",
     "agent_error": "The work so far is saved; the end of the log tells what happened.",
+}
+
+FAILED_BY: dict[str, TaskErrorCode] = {
+    # Codes of the error tree, and how a task ends of them; of any other it is "internal".
+    "repository_unreachable": "repository_unreachable",
+    "repository_not_found": "repository_unreachable",
+    "repository_not_allowed": "repository_unreachable",
+    "repository_empty": "repository_unreachable",
+    "repository_too_large": "repository_unreachable",
+    "credentials_in_url": "repository_unreachable",
+    "ref_not_found": "repository_unreachable",
+    "credential_missing": "credential_missing",
+    "sandbox_unavailable": "sandbox_unavailable",
 }
 
 
@@ -42,6 +56,11 @@ class Ending:
     @classmethod
     def failed(cls, code: TaskErrorCode, message: str, remedy: str) -> Ending:
         return cls(TaskStatus.FAILED, TaskError(code=code, message=message, remedy=remedy))
+
+    @classmethod
+    def failed_by(cls, error: CloudAgentError) -> Ending:
+        """What kept the agent from being started, or its work from being seen."""
+        return cls.failed(FAILED_BY.get(error.code, "internal"), error.message, error.remedy)
 
     @classmethod
     def cancelled(cls) -> Ending:

@@ -222,7 +222,7 @@ class Attempt:
         except CloudAgentError as error:
             if self.lease.signals.cancel_requested:
                 return Ending.cancelled()  # that is why it failed
-            return self.full_disk(error) or Ending.failed(_task_code(error), error.message, error.remedy)
+            return self.full_disk(error) or Ending.failed_by(error)
         except Exception as error:
             log.exception("%s failed in a way that nobody foresaw", self.task_id)
             if (full := self.full_disk(error)) is not None:
@@ -590,18 +590,3 @@ class _Ended(Exception):
 
 def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
-
-
-def _task_code(error: CloudAgentError) -> TaskErrorCode:
-    known: dict[str, TaskErrorCode] = {
-        "repository_unreachable": "repository_unreachable",
-        "repository_not_found": "repository_unreachable",
-        "repository_not_allowed": "repository_unreachable",
-        "repository_empty": "repository_unreachable",
-        "repository_too_large": "repository_unreachable",
-        "credentials_in_url": "repository_unreachable",
-        "ref_not_found": "repository_unreachable",
-        "credential_missing": "credential_missing",
-        "sandbox_unavailable": "sandbox_unavailable",
-    }
-    return known.get(error.code, "internal")
