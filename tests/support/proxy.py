@@ -72,6 +72,8 @@ class Proxy:
         with self._guard:
             self._mode = mode
             if mode == "refuse" and self._listener is not None:
+                # A mere close would have it listen on for as long as the acceptor's `select` holds it.
+                self._listener.shutdown(socket.SHUT_RDWR)
                 self._listener.close()
                 self._listener = None
             elif mode != "refuse" and self._listener is None:
@@ -171,9 +173,9 @@ class _Link:
                         return
                     if (delay_s := self._proxy.delay_s()) and self._cut.wait(delay_s):
                         return
-                    other = self._target if end is self._client else self._client
-                    if other is not None:
-                        other.sendall(data)
+                    if self._target is None:
+                        self._target = self._proxy.connect()  # the black hole ended while we waited
+                    (self._target if end is self._client else self._client).sendall(data)
         except OSError:
             pass  # a side that is gone ends the other
         finally:
