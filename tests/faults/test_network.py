@@ -15,7 +15,7 @@ from tests.support.proxy import Proxy
 from tests.support.valkey import ValkeyServer
 from tests.support.worlds import until
 
-SUBMIT_S = 8.0
+SUBMIT_S = 10.0
 """A submit gives up on Redis within this: five seconds for an answer, and its own work."""
 CONSUMER_S = 12.0
 """A consumer that could not reach Redis looks again within ten seconds."""

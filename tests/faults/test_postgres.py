@@ -15,7 +15,7 @@ from tests.support.installation import FAST, Installation
 from tests.support.postgres import PostgresServer
 from tests.support.worlds import until
 
-PATIENT = replace(FAST, lease_s=8.0, let_go_s=6.0)
+PATIENT = replace(FAST, lease_s=10.0, let_go_s=8.0)
 """A lease that outlives the restart of a server on a busy machine."""
 LOCK_S = 15.0
 """A call waits ten seconds for a lock, and then says so."""
