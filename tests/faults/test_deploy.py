@@ -63,12 +63,15 @@ def test_tasks_go_back_and_forth_between_an_old_and_a_newer_version(installation
         installation.accepted += accepted
         return accepted
 
-    def hand_over(to: int) -> None:
-        until(lambda: [installation.attempts(task) for task in tasks] == [to] * len(tasks), f"claim {to}", 60)
+    def hand_over(to: Process) -> None:
+        def owners() -> set[str]:
+            return {str(installation.column(task, "owner")).rpartition("/")[2] for task in tasks}
+
+        until(lambda: owners() == {str(to.pid)}, f"{to.name} has the tasks", 60)
 
     old = start({}, __version__)
     tasks = submit_from({})
-    hand_over(1)
+    hand_over(old)
     new = start(newer, NEWER)
     assert installation.column(tasks[0], "newer_count") == 7
     # Both work, on the newer tables, and so do clients of both.
@@ -77,13 +80,13 @@ def test_tasks_go_back_and_forth_between_an_old_and_a_newer_version(installation
     for task in [*tasks, *tasks_of_both]:
         installation.await_calls(task)
     old.stop()
-    hand_over(2)
+    hand_over(new)
     old = start({}, __version__)  # rolled back, onto tables that it does not know
     new.stop()
-    hand_over(3)
+    hand_over(old)
     new = start(newer, NEWER)
     old.kill()
-    hand_over(4)
+    hand_over(new)
     tasks += tasks_of_both
     installation.open_gate("go")
     installation.conclude()

@@ -83,7 +83,6 @@ def test_a_worker_is_killed_at_any_step_and_the_task_completes(
     installation.start_worker()
     installation.conclude()
     assert installation.task(task).verdict == "passed"
-    assert installation.attempts(task) <= 2
 
 
 @pytest.mark.full

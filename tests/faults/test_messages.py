@@ -11,7 +11,7 @@ import redis
 
 from cloudagent_queue.task_queue import QUEUE_NAME, TASK_NAME, TaskQueue
 from cloudagent_storage.records import new_id
-from tests.support.installation import Installation, connect
+from tests.support.installation import PATIENT, Installation, connect
 from tests.support.worlds import until
 
 NAME = f"cloudagent_queue.task_queue.{TASK_NAME}"
@@ -64,6 +64,7 @@ def waiting(queue: TaskQueue) -> int:
 
 
 def test_each_message_arrives_six_times_in_any_order_and_each_task_is_started_once(installation: Installation) -> None:
+    installation.timers = PATIENT
     queue = TaskQueue(installation.queue_url)
     ended = installation.submit(steps=1, step_s=0)
     installation.start_worker()
@@ -86,6 +87,7 @@ def test_each_message_arrives_six_times_in_any_order_and_each_task_is_started_on
 
 @pytest.mark.full("postgres")
 def test_what_is_no_message_harms_no_worker_and_no_task(installation: Installation) -> None:
+    installation.timers = PATIENT
     worker = installation.start_worker(concurrency=2)
     queue = TaskQueue(installation.queue_url)
     for data in GARBAGE[:UNREADABLE]:

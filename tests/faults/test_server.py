@@ -14,7 +14,7 @@ from cloudagent_mcp.client import HttpClient
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage.errors import ServerUnreachable
 from tests.support.failpoints import Failpoint
-from tests.support.installation import ADMIN_KEY, Installation
+from tests.support.installation import ADMIN_KEY, PATIENT, Installation
 from tests.support.worlds import until
 
 
@@ -85,6 +85,7 @@ def test_who_follows_a_log_goes_on_at_the_next_line_when_the_server_is_back(inst
 
 @pytest.mark.full
 def test_a_worker_and_its_task_do_not_notice_that_the_server_died(on_sqlite: Installation) -> None:
+    on_sqlite.timers = PATIENT
     server, url = on_sqlite.start_server()
     on_sqlite.start_worker()
     with client_of(on_sqlite, url) as client:

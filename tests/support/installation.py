@@ -44,6 +44,8 @@ FAST = Timers(
     fetch_s=20.0,
 )
 """The product's timers, scaled down."""
+PATIENT = replace(FAST, lease_s=9.0, let_go_s=7.0)
+"""For tests in which nobody may lose a lease, however busy the machine is."""
 
 ROOT = Path(__file__).parents[2]
 ADMIN_KEY = "a key of the tests"
