@@ -35,6 +35,8 @@ TASK_NAME = "run_task"
 TICK_NAME = "tick"
 CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 2.0
+CONNECTIONS = 1100
+"""The client's own limit is 100; each of a consumer's threads waits on one, and there may be a thousand of them."""
 BLOCK_S = 1
 """How long an idle consumer's call waits in Redis; less than the time-out of its socket."""
 QUIET_S = 5.0
@@ -195,6 +197,7 @@ class TaskQueue:
                 url,
                 socket_connect_timeout=CONNECT_TIMEOUT_S,
                 socket_timeout=READ_TIMEOUT_S,
+                max_connections=CONNECTIONS,
                 # Each retry would wait for the time-out once more.
                 retry=Retry(NoBackoff(), 0),
             )

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,23 @@ def test_another_accounts_id_is_answered_byte_by_byte_like_an_unknown_one(server
     app = world.app()
     mine, theirs = key(app, "team-a"), key(app, "team-b")
     owned = app.store.tasks.add("team-b", TaskSpec(prompt="Secret plan", title="Secret"), blobs={"input": b"x"}).task_id
+    app.store.schedules.add(
+        "team-b",
+        schedule_id=(schedule := new_id("sch")),
+        name="secret",
+        cron="0 0 1 1 *",
+        timezone="UTC",
+        spec=TaskSpec(prompt="Secret plan", title="Secret"),
+        credentials=None,
+        next_due_at=datetime(2100, 1, 1, tzinfo=UTC),
+    )
     tried = 0
     for operation in app.operations.values():
         for argument in ids(operation):
             whole = argument.endswith("_ids")
             answers: list[tuple[Any, ...]] = []
-            for found in (owned, new_id("task")):
+            of_schedule = argument == "schedule_id"
+            for found in (schedule, new_id("sch")) if of_schedule else (owned, new_id("task")):
                 arguments = required(operation) | {argument: [found] if whole else found}
                 path = operation.marked.path.format(**arguments)
                 rest = {name: value for name, value in arguments.items() if f"{{{name}}}" not in operation.marked.path}
