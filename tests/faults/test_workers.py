@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from cloudagent_queue.lease import Timers
-from cloudagent_storage.store.tasks import LOST_LEASES
+from cloudagent_storage.store.backlog import LOST_LEASES
 from tests.support.failpoints import Failpoint
 from tests.support.hog import little_memory
 from tests.support.installation import PATIENT, Installation
