@@ -108,12 +108,16 @@ def test_what_cannot_be_is_a_sentence_with_a_remedy(user: World) -> None:
 
 def test_a_schedule_starts_the_worker_that_will_fire_it(world: World) -> None:
     assert running_worker(world.home) is None
-    assert ca(world, "create", "n", "0 3 1 1 *", "x", "--repository", "none").returncode == 0
-    found = until(lambda: (now := running_worker(world.home)) and now.pid and now, "the worker runs")
-    os.kill(found.pid, signal.SIGTERM)
-    until(lambda: running_worker(world.home) is None, "the worker has stopped")
-    # As after a restart of the machine.
-    assert ca(world, "list").returncode == 0
-    found = until(lambda: (now := running_worker(world.home)) and now.pid and now, "the worker runs again")
-    os.kill(found.pid, signal.SIGTERM)
-    until(lambda: running_worker(world.home) is None, "the worker has stopped")
+    try:
+        assert ca(world, "create", "n", "0 3 1 1 *", "x", "--repository", "none").returncode == 0
+        found = until(lambda: (now := running_worker(world.home)) and now.pid and now, "the worker runs")
+        os.kill(found.pid, signal.SIGTERM)
+        until(lambda: running_worker(world.home) is None, "the worker has stopped")
+        # As after a restart of the machine.
+        assert ca(world, "list").returncode == 0
+        until(lambda: (now := running_worker(world.home)) and now.pid, "the worker runs again")
+    finally:
+        # While a schedule is enabled it would run for good.
+        if (left := running_worker(world.home)) is not None and left.pid is not None:
+            os.kill(left.pid, signal.SIGTERM)
+            until(lambda: running_worker(world.home) is None, "the worker has stopped")

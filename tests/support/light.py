@@ -87,7 +87,7 @@ class LightSandbox:
         return not self.stopped.is_set()
 
     def run(self, command: Sequence[str], *, timeout_s: float, **_: Any) -> CommandResult:
-        raise NotImplementedError("nothing runs in memory")
+        raise AssertionError("nothing runs in memory")
 
     def read(self, path: str, *, offset: int = 0, max_bytes: int) -> bytes:
         if path == RESULT and self.stopped.is_set():
