@@ -25,6 +25,7 @@
       - DatabaseBusy, StorageFull
     + QueueUnavailable, ServerUnreachable, GitMissing, PortTaken
     + SandboxUnavailable        no sandbox can be made at all
+      - ProviderBusy            not now: later, or by another provider
   x SandboxError                about one sandbox
     + SandboxGone               it is confirmed dead: make a new one
     + SandboxUnreachable        it may live, and the work is in it: never replace it
@@ -483,6 +484,20 @@ class SandboxUnavailable(Unavailable):
         "Install bubblewrap (`apt install bubblewrap`) and allow unprivileged user namespaces. "
         "Only on a machine that you can afford to lose: SANDBOX_PROVIDER=unsafe-process runs agents without a sandbox."
     )
+
+
+class ProviderBusy(SandboxUnavailable):
+    """The sandbox provider takes no new sandbox at the moment."""
+
+    code = "provider_busy"
+    remedy = "Wait, or name another provider in SANDBOX_PROVIDER as well."
+
+    def __init__(
+        self, message: str | None = None, *, remedy: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, remedy=remedy)
+        self.retry_after_s = retry_after_s
+        """How long the provider asks to be left alone, if it says so."""
 
 
 class SandboxError(CloudAgentError):

@@ -20,7 +20,7 @@ from cloudagent_queue import agents, repository, run
 from cloudagent_queue import sandboxes as sandbox_kinds
 from cloudagent_queue.agents import EVENTS, RESULT
 from cloudagent_queue.follow import Ending
-from cloudagent_queue.sandboxes import CommandResult, SandboxInfo
+from cloudagent_queue.sandboxes import PLAIN, CommandResult, SandboxInfo, SandboxSpec
 from cloudagent_storage.records import Claim, TaskSpec, TaskStatus
 from cloudagent_storage.store.backlog import Backlog
 from tests.support.standin import StandIn
@@ -74,6 +74,7 @@ class LightSandbox:
     """In memory alone. Its agent says a line every `LIGHT_LINE_S` since the sandbox was made, which its id tells."""
 
     python = "python"
+    resources = None
 
     def __init__(self, sandbox_id: str) -> None:
         self.id = sandbox_id
@@ -106,6 +107,12 @@ class LightSandbox:
 
     def extend(self, seconds: float) -> None: ...
 
+    def blocked(self) -> Sequence[str]:
+        return ()
+
+    def snapshot(self) -> str | None:
+        return None
+
     def stop(self) -> None:
         self.stopped.set()
 
@@ -123,7 +130,7 @@ class LightProvider:
 
     def __init__(self, folder: Path) -> None: ...
 
-    def create(self, *, metadata: Mapping[str, str]) -> LightSandbox:
+    def create(self, spec: SandboxSpec = PLAIN, *, metadata: Mapping[str, str]) -> LightSandbox:
         return LightSandbox(f"light_{time.monotonic()}_{metadata['nonce']}")
 
     def connect(self, sandbox_id: str) -> LightSandbox:

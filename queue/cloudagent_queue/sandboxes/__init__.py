@@ -30,6 +30,27 @@ class CommandResult:
 
 
 @dataclass(frozen=True)
+class SandboxSpec:
+    """What a new sandbox is to be."""
+
+    template: str | None = None
+    """The provider's name of what it starts from: an image, or a snapshot; None for the provider's own choice."""
+    egress: Sequence[str] | None = None
+    """The hosts that its processes may reach: `host`, `host:port`, `*.domain`; None for any."""
+
+
+PLAIN = SandboxSpec()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a sandbox occupies, as its provider bills it."""
+
+    cpus: float
+    memory_mb: float
+
+
+@dataclass(frozen=True)
 class SandboxInfo:
     """A sandbox as its provider lists it."""
 
@@ -49,6 +70,8 @@ class Sandbox(Protocol):
     """The sandbox's folder as processes inside see it, for example `/sandbox`."""
     python: str
     """An interpreter inside that can import claude_agent_sdk."""
+    resources: Resources | None
+    """What it occupies, where that costs something."""
 
     def start(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
         """Start the one command of this sandbox's life, detached: it outlives this process.
@@ -102,6 +125,14 @@ class Sandbox(Protocol):
         """Ask the provider to keep the sandbox for that long from now."""
         ...
 
+    def blocked(self) -> Sequence[str]:
+        """The hosts that its processes wanted to reach and may not, each once; empty where nobody can tell."""
+        ...
+
+    def snapshot(self) -> str | None:
+        """Keep the sandbox's files as they are, as a template for later ones; None where the provider cannot."""
+        ...
+
     def kill(self) -> None:
         """End every process and delete the sandbox. Returns when it is gone; one that was gone before is no error."""
         ...
@@ -119,8 +150,11 @@ class Provider(Protocol):
         """Where its sandboxes are, if only the workers there reach them; None when any worker does."""
         ...
 
-    def create(self, *, metadata: Mapping[str, str]) -> Sandbox:
-        """A new empty sandbox. Raises `SandboxUnavailable` with the remedy."""
+    def create(self, spec: SandboxSpec = PLAIN, *, metadata: Mapping[str, str]) -> Sandbox:
+        """A new empty sandbox.
+
+        Raises `SandboxUnavailable` with the remedy, and `ProviderBusy` where it may work later or elsewhere.
+        """
         ...
 
     def connect(self, sandbox_id: str) -> Sandbox:

@@ -26,7 +26,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from cloudagent_queue.sandboxes import CommandResult, SandboxInfo, place_of, processes, safe_files
+from cloudagent_queue.sandboxes import (
+    PLAIN,
+    CommandResult,
+    Resources,
+    SandboxInfo,
+    SandboxSpec,
+    place_of,
+    processes,
+    safe_files,
+)
 from cloudagent_queue.sandboxes.bubblewrap import Bubblewrap, find_bubblewrap, isolation, library_path
 from cloudagent_storage.errors import SandboxError, SandboxGone, SandboxUnavailable, SandboxUnreachable
 from cloudagent_storage.records import new_id
@@ -48,6 +57,7 @@ class LocalSandbox(ABC):
     """A sandbox of this machine. What surrounds its processes is said by the two classes below."""
 
     python = sys.executable
+    resources: Resources | None = None
 
     def __init__(self, folder: Path) -> None:
         self.id = folder.name
@@ -149,6 +159,12 @@ class LocalSandbox(ABC):
     def extend(self, seconds: float) -> None:
         """Nothing to ask for: a sandbox of this machine stays until it is killed."""
         self._check_exists()
+
+    def blocked(self) -> Sequence[str]:
+        return ()
+
+    def snapshot(self) -> str | None:
+        return None
 
     def end_processes(self) -> None:
         self._check_exists()
@@ -315,7 +331,7 @@ class _FolderProvider(ABC):
     def place(self) -> str:
         return place_of(self._folder.parent)
 
-    def create(self, *, metadata: Mapping[str, str]) -> LocalSandbox:
+    def create(self, spec: SandboxSpec = PLAIN, *, metadata: Mapping[str, str]) -> LocalSandbox:
         self.self_check()
         sandbox_id = new_id("sbx")
         about = {"provider": self.name, "created": datetime.now(UTC).isoformat(), "metadata": dict(metadata)}
