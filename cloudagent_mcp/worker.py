@@ -16,9 +16,10 @@ from cloudagent_mcp import __version__
 from cloudagent_mcp.app import App
 from cloudagent_mcp.embedded import IDLE_S, only_worker, stop_when_idle
 from cloudagent_queue.lease import Timers
-from cloudagent_queue.run import Worker, run_waiting
+from cloudagent_queue.run import run_waiting
 from cloudagent_queue.sandboxes import Provider, open_provider, place_of
 from cloudagent_queue.sweep import Kept, sweep_forever
+from cloudagent_queue.worker import Worker
 from cloudagent_storage.errors import CloudAgentError
 from cloudagent_storage.store import Store
 

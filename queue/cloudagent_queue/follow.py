@@ -52,6 +52,8 @@ class Ending:
     usage: Usage | None = None
     model: str | None = None
     """The model that spoke, as the agent names it."""
+    stopped: bool = False
+    """Did it end because it was asked to?"""
 
     @classmethod
     def failed(cls, code: TaskErrorCode, message: str, remedy: str) -> Ending:
@@ -105,7 +107,8 @@ def read_result(sandbox: Sandbox) -> Ending | None:
             code = known
     message = error.get("message")
     text = message[:2000] if isinstance(message, str) and message else "The agent ended without saying why."
-    return Ending(TaskStatus.FAILED, TaskError(code=code, message=text, remedy=REMEDIES[code]), summary, usage, model)
+    why = TaskError(code=code, message=text, remedy=REMEDIES[code])
+    return Ending(TaskStatus.FAILED, why, summary, usage, model, stopped=result.get("outcome") == "stopped")
 
 
 class LogReader:

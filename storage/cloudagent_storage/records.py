@@ -123,8 +123,12 @@ TaskErrorCode = Literal[
     "internal",
 ]
 
-BlobKind = Literal["input", "result", "diff", "session"]
-"""`input` and `result` are git bundles, `diff` is text, `session` is JSON of the agent's transcript files."""
+BlobKind = Literal["input", "checkpoint", "result", "diff", "session"]
+"""`input`, `checkpoint` (of a task that runs) and `result` are git bundles, `diff` is text, `session` is JSON of the
+agent's transcript files."""
+
+OnInterrupt = Literal["resume", "restart", "fail"]
+"""What becomes of a task whose sandbox dies: it goes on from its last checkpoint, starts again, or fails."""
 
 
 class Priority(StrEnum):
@@ -153,6 +157,7 @@ class TaskSpec(Record):
     provider: str | None = None
     verify: str | None = None
     setup: str | None = None
+    on_interrupt: OnInterrupt = "resume"
     timeout_minutes: float = 60.0
     max_turns: int | None = None
     max_budget_usd: float | None = None
@@ -324,6 +329,10 @@ class Claim(Record):
     """Committed before a sandbox is created; a sandbox that carries it belongs to this task."""
     sandbox_place: str | None
     """Where that sandbox is, if only workers of that place reach it."""
+    sandbox_age_s: float = 0.0
+    """How old it was when the task was claimed."""
+    sandbox_losses: int = 0
+    """How many sandboxes have died under this task."""
     log_offset: int
     """How far into the runner's log the store has read, in bytes."""
     running_seconds: float

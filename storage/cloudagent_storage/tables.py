@@ -143,6 +143,9 @@ class TaskRow(Model):
     """A task that was given back since something did not answer is left alone until then."""
     sandbox_place = Text(null=True)
     """Where the sandbox is, if only workers of that place reach it."""
+    sandbox_made_at = Utc(null=True)
+    sandbox_losses = IntegerField(null=True)
+    """How many sandboxes have died under this task; null in rows of the version before."""
     retry_of = CharField(40, null=True)
     expired_at = Utc(null=True)
     """Since when its log and blobs count as gone; they are deleted after that, in small steps."""

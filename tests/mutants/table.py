@@ -203,8 +203,8 @@ MUTANTS = (
     ),
     Mutant(
         "the_next_attempt_reads_the_log_from_its_start",
-        f"{QUEUE}/run.py",
-        "LogReader(self.box, self.claim.log_offset, self.redactor)",
+        f"{QUEUE}/attempt.py",
+        "LogReader(self.box, self.log_offset, self.redactor)",
         "LogReader(self.box, 0, self.redactor)",
         (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[sqlite]",),
         fast=False,
@@ -322,22 +322,22 @@ MUTANTS = (
     # -- the worker --------------------------------------------------------------------------------------------------
     Mutant(
         "never_adopt",
-        f"{QUEUE}/run.py",
-        "(Phase.AGENT, Phase.SAVE, Phase.VERIFY):\n                self.sandbox, ",
-        "():\n                self.sandbox, ",
+        f"{QUEUE}/attempt.py",
+        "            if agent_was_started:\n                self.sandbox, ",
+        "            if ():\n                self.sandbox, ",
         (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[sqlite]",),
         fast=False,
     ),
     Mutant(
         "the_old_sandbox_lives_on",
-        f"{QUEUE}/run.py",
+        f"{QUEUE}/attempt.py",
         "                return True\n            sandbox.kill()\n",
         "                return True\n",
         (f"{LEASES}::test_a_sandbox_without_an_agent_is_gone_before_another_is_made[left_by_id]",),
     ),
     Mutant(
         "what_carries_the_nonce_lives_on",
-        f"{QUEUE}/run.py",
+        f"{QUEUE}/attempt.py",
         "                provider.connect(info.id).kill()\n        return False",
         "                provider.connect(info.id)\n        return False",
         (f"{LEASES}::test_a_sandbox_without_an_agent_is_gone_before_another_is_made[left_by_nonce]",),

@@ -393,9 +393,11 @@ class Protocol(RuleBasedStateMachine):
             self.boxes.remove(box)
         yield
         nonce = new_id("sbx")
-        if not self._update(hand, sandbox_nonce=nonce):
+        task_id, attempt = task.task_id, hand.claim.attempt
+        if not self.written(hand, lambda: self.store.tasks.begin_sandbox(task_id, attempt, nonce=nonce, place=None))[0]:
             return
-        task.nonce = nonce
+        task.nonce, task.sandbox_id = nonce, None
+        task.offset = hand.offset = 0
         yield
         hand.box = Box(new_id("sbx"), task, nonce)
         self.boxes.append(hand.box)

@@ -12,7 +12,7 @@ bundles.py       a bundle's header, and the quarantine in which a hostile one is
 from cloudagent_queue.repository.address import check_address, check_ref, is_remote
 from cloudagent_queue.repository.bundles import ChangedFile, Changes, Quarantine, inspect
 from cloudagent_queue.repository.remote import fetch_remote
-from cloudagent_queue.repository.sandbox import check_out, collect, run_setup, verify
+from cloudagent_queue.repository.sandbox import check_out, checkpoint, collect, restore, run_setup, verify
 from cloudagent_queue.repository.source import Source, read_source
 from cloudagent_queue.repository.working_tree import LocalRepository, WorkingTree, bundle_working_tree, origin_of
 
@@ -27,12 +27,14 @@ __all__ = [
     "check_address",
     "check_out",
     "check_ref",
+    "checkpoint",
     "collect",
     "fetch_remote",
     "inspect",
     "is_remote",
     "origin_of",
     "read_source",
+    "restore",
     "run_setup",
     "verify",
 ]

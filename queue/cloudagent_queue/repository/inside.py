@@ -1,4 +1,4 @@
-"""What git has to do INSIDE a sandbox: `inside.py check_out|collect|clone`, with its request in run/git.json beside it.
+"""What git has to do INSIDE a sandbox: `inside.py check_out|restore|collect|clone`, its request in run/git.json.
 
 It runs alone there, with nothing but the standard library. The repository may be hostile by the time that it runs, and
 then harms only its own sandbox; but what an honest agent has done must come out, whatever state it left git in.
@@ -69,6 +69,16 @@ def check_out(request: dict[str, Any]) -> int:
             git(*inside, "config", name, value)
     git(*inside, "update-ref", "refs/cloudagent/base", request["base"])
     git(*inside, "reset", "--quiet", "--hard", request["base"])
+    return 0
+
+
+def restore(request: dict[str, Any]) -> int:
+    """A checkpoint in the repository that was just checked out: its commits, and as changes what was not committed."""
+    inside = ("-C", "repository")
+    git(*inside, "bundle", "unbundle", str(RUN / "checkpoint.bundle"))
+    git(*inside, "reset", "--quiet", "--hard", request["tip"])
+    if word(git(*inside, "log", "-1", "--format=%s")) == request["message"]:
+        git(*inside, "reset", "--quiet", "--mixed", "HEAD~1")
     return 0
 
 
@@ -183,7 +193,9 @@ class Collection:
         while nested := {name for name in self.list("--others") if name.endswith("/")} - left_out:
             for name in nested:
                 inner = self.work / name / ".git"
-                if inner.is_dir() and not inner.is_symlink():
+                if self.request["at_work"]:
+                    left_out.add(name)
+                elif inner.is_dir() and not inner.is_symlink():
                     aside = RUN / "nested"
                     aside.mkdir(exist_ok=True)
                     inner.rename(aside / str(len(list(aside.iterdir()))))
@@ -216,5 +228,5 @@ def remove(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    action = {"check_out": check_out, "collect": collect, "clone": clone}[sys.argv[1]]
+    action = {"check_out": check_out, "restore": restore, "collect": collect, "clone": clone}[sys.argv[1]]
     sys.exit(action(json.loads((RUN / "git.json").read_bytes())))

@@ -66,8 +66,7 @@ class Changes(TypedDict, total=False):
     model: str | None
     provider: str | None
     sandbox_id: str | None
-    sandbox_nonce: str | None
-    sandbox_place: str | None
+    sandbox_losses: int
     question: str | None
     """With a question the task waits; without, it runs."""
     usage: Usage
@@ -282,6 +281,23 @@ class Tasks:
             columns["lease_until"] = self._db.later(lease_s)
         with self._db.writing():
             change_held(self._db, task_id, attempt, **columns)
+
+    def begin_sandbox(self, task_id: str, attempt: int, *, nonce: str, place: str | None) -> None:
+        """A new sandbox is about to be made, in the place of an earlier one: its id and log are forgotten.
+
+        Raises `LeaseLost`.
+        """
+        with self._db.writing():
+            change_held(
+                self._db,
+                task_id,
+                attempt,
+                sandbox_id=None,
+                sandbox_nonce=nonce,
+                sandbox_place=place,
+                sandbox_made_at=self._db.now,
+                log_offset=0,
+            )
 
     def follow(
         self,

@@ -1,0 +1,584 @@
+"""One claim of one task: the steps of which `run_task` in run.py tells the story."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Generator, Mapping
+from typing import NoReturn
+
+from cloudagent_queue import repository
+from cloudagent_queue.agents import open_agent
+from cloudagent_queue.follow import Ending, LogReader, read_result
+from cloudagent_queue.lease import Lease
+from cloudagent_queue.redact import Redactor
+from cloudagent_queue.sandboxes import Provider, Sandbox
+from cloudagent_queue.worker import Worker
+from cloudagent_storage.errors import (
+    CloudAgentError,
+    DatabaseUnavailable,
+    Internal,
+    LeaseLost,
+    SandboxError,
+    SandboxGone,
+    SandboxUnreachable,
+    StorageFull,
+)
+from cloudagent_storage.records import (
+    Artifacts,
+    BlobKind,
+    Claim,
+    EventDraft,
+    Level,
+    Phase,
+    Result,
+    TaskErrorCode,
+    TaskStatus,
+    Usage,
+    Verdict,
+    VerifyResult,
+    bound_for_git,
+    new_id,
+)
+
+log = logging.getLogger(__name__)
+
+LOSSES_MAX = 3
+"""A task that has lost more sandboxes than this goes on in no other: it may be what kills them."""
+LEAVE_EARLY_S = 300.0
+"""A sandbox is left so long before its provider ends it, or a tenth of its time where that is less."""
+
+
+class Draining(Exception):
+    """This worker stops; the sandbox lives on, and the next attempt adopts it."""
+
+
+class Attempt:
+    """One claim of one task; the steps of `run_task`."""
+
+    def __init__(self, worker: Worker, claim: Claim, lease: Lease) -> None:
+        self.worker = worker
+        self.claim = claim
+        self.lease = lease
+        self.timers = worker.timers
+        self.tasks = worker.store.tasks
+        self.blobs = worker.store.blobs
+        self.task_id = claim.task.task_id
+        self.spec = claim.spec
+        self.base_sha = claim.task.base_sha
+        self.agent = open_agent(self.spec.agent)
+        sealed = claim.credentials
+        self.env: dict[str, str] = json.loads(worker.keyring.open(sealed, bound_to=self.task_id)) if sealed else {}
+        sealed = claim.git_credentials
+        self.git_tokens: dict[str, str] = (
+            json.loads(worker.keyring.open(sealed, bound_to=bound_for_git(self.task_id))) if sealed else {}
+        )
+        self.redactor = Redactor([*self.agent.secrets(self.env), *self.git_tokens.values()])
+        self.sandbox: Sandbox | None = None
+        self.reader: LogReader | None = None
+        self.agent_has_run = claim.running_seconds > 0
+        """In whatever sandbox."""
+        self.agent_is_here = False
+        """Has it been started in the sandbox that we have?"""
+        self.result = Result()
+        self.verdict = Verdict.UNVERIFIED
+        self.usage = claim.task.usage
+        self.sandbox_since: float | None = None
+        """When this attempt got hold of its sandbox, by the machine's monotonic time."""
+        self.sandbox_age_s = claim.sandbox_age_s
+        """How old it was then."""
+        self.log_offset = claim.log_offset
+        self.running_s = claim.running_seconds
+        """How long agents have run before `follow`."""
+        self.losses = claim.sandbox_losses
+        self.phase = claim.task.phase
+        self.left: BlobKind = "result" if claim.task.phase is Phase.VERIFY else "checkpoint"
+        """What is there of a sandbox's work once it is gone."""
+        self.held_s = 0.0
+        """How long this attempt has held sandboxes that it let go."""
+
+    # -- the steps ------------------------------------------------------------------------------------------------
+
+    def work(self) -> Ending:
+        """Bring an agent to its end: the one that an earlier attempt left running, or a new one."""
+        try:
+            adopted = self.adopt_sandbox()
+            while True:
+                try:
+                    if not adopted:
+                        self.create_sandbox()
+                        self.prepare_repository()
+                        self.set_up()
+                        self.start_agent()
+                    return self.follow()
+                except SandboxGone:
+                    self.lose_sandbox()
+                except _SessionEnds:
+                    self.leave_sandbox()
+                adopted = False
+        except (LeaseLost, Draining, DatabaseUnavailable):
+            raise
+        except SandboxUnreachable as error:
+            if (full := self.full_disk(error)) is not None:
+                return full
+            raise
+        except _Ended as ended:
+            return ended.ending
+        except CloudAgentError as error:
+            if self.lease.signals.cancel_requested:
+                return Ending.cancelled()  # that is why it failed
+            return self.full_disk(error) or Ending.failed_by(error)
+        except Exception as error:
+            log.exception("%s failed in a way that nobody foresaw", self.task_id)
+            if (full := self.full_disk(error)) is not None:
+                return full
+            return Ending.failed("internal", Internal().message, Internal.remedy)
+
+    def adopt_sandbox(self) -> bool:
+        """Find the sandbox of an earlier attempt. True when an agent was started in it: go straight to `follow`.
+
+        A sandbox in which no agent was started holds nothing that is worth keeping; it is killed, and confirmed gone,
+        before a new one may be made.
+        """
+        provider = self.provider()
+        agent_was_started = self.claim.task.phase in (Phase.AGENT, Phase.SAVE, Phase.VERIFY)
+        if self.claim.sandbox_place not in (None, provider.place):
+            # Nothing here can tell whether it lives: the machine that it is on has been away for longer than
+            # `patience_s`. Should it come back, its sweeper finds a sandbox that no row names any more.
+            self.lose_sandbox("The machine that the sandbox is on did not come back.")
+            return False
+        if (sandbox_id := self.claim.sandbox_id) is not None:
+            try:
+                sandbox = provider.connect(sandbox_id)
+            except SandboxGone:
+                if self.claim.task.phase is Phase.VERIFY:
+                    self.agent_has_run = True
+                    raise _Ended(Ending(TaskStatus.COMPLETED)) from None  # only what completed is verified, once saved
+                if agent_was_started:
+                    self.lose_sandbox()
+                return False
+            if agent_was_started:
+                self.sandbox, self.sandbox_since = sandbox, time.monotonic()
+                self.agent_has_run = self.agent_is_here = True
+                self.note(f"Attempt {self.claim.attempt} goes on in the same sandbox.")
+                if self.claim.task.phase is Phase.AGENT and read_result(sandbox) is None and not sandbox.alive():
+                    # Only where the last worker died just before the start: a sandbox starts one command in its life.
+                    with contextlib.suppress(SandboxError):
+                        self.agent.start(sandbox, env=self.env)
+                return True
+            sandbox.kill()
+        elif (nonce := self.claim.sandbox_nonce) is not None:
+            for info in provider.list({"nonce": nonce}):
+                provider.connect(info.id).kill()
+        return False
+
+    def lose_sandbox(self, why: str = "The sandbox died.") -> None:
+        """Go on without the sandbox that is confirmed gone, from the last checkpoint; or end, as the task wants it."""
+        self.let_go()
+        self.losses += 1
+        if self.spec.on_interrupt == "fail" or self.losses > LOSSES_MAX:
+            self.end("sandbox_lost", why, "What was kept of its work is saved; retry_task tries it once more.")
+        if self.spec.on_interrupt == "restart":
+            self.blobs.drop(self.task_id, ["checkpoint", "session"], attempt=self.claim.attempt)
+        self.left = "checkpoint"
+        self.tasks.update(self.task_id, self.claim.attempt, sandbox_losses=self.losses)
+        self.note(f"{why} The task goes on in a new one.", level=Level.WARNING)
+
+    def leave_sandbox(self) -> None:
+        """Take the work along before the provider ends the sandbox; no agent runs in it any more."""
+        self.box.end_processes()
+        self.keep_checkpoint()
+        self.box.kill()
+        self.let_go()
+        self.note("The sandbox's time is nearly up. The task goes on in a new one.")
+
+    def let_go(self) -> None:
+        """Of a sandbox that is gone; its time has been paid for."""
+        self.usage = self.whole_usage(self.usage)
+        self.held_s += self.age_s() - self.sandbox_age_s
+        self.sandbox, self.sandbox_since, self.sandbox_age_s = None, None, 0.0
+        self.agent_is_here = False
+
+    def create_sandbox(self) -> None:
+        self.enter(Phase.SANDBOX)
+        nonce = new_id("sbx")
+        provider = self.provider()
+        self.tasks.begin_sandbox(self.task_id, self.claim.attempt, nonce=nonce, place=provider.place)
+        self.log_offset, self.sandbox_age_s = 0, 0.0
+        metadata = {"deployment": self.worker.deployment, "task": self.task_id, "nonce": nonce}
+        self.sandbox, self.sandbox_since = provider.create(metadata=metadata), time.monotonic()
+        self.tasks.update(self.task_id, self.claim.attempt, sandbox_id=self.sandbox.id, provider=provider.name)
+        self.note(f"Sandbox ready: {provider.name}.")
+
+    def prepare_repository(self) -> None:
+        self.enter(Phase.REPOSITORY)
+        bundle = self.input_bundle()
+        if bundle is None and self.spec.repository != "none":
+            give_up = threading.Event()
+            with self.lease.interruptible(give_up.set):
+                bundle, self.base_sha = repository.fetch_remote(
+                    self.spec.repository,
+                    base_ref=self.spec.base_ref,
+                    cache_folder=self.worker.cache_folder,
+                    env=self.worker.git_environment,
+                    timeout_s=self.timers.fetch_s,
+                    tokens=self.git_tokens,
+                    account_id=self.claim.account_id,
+                    give_up=give_up,
+                )
+            self.keep({"input": bundle})
+        self.base_sha = repository.check_out(
+            self.box, bundle=bundle, base_sha=self.base_sha, branch=self.claim.task.branch
+        )
+        self.tasks.update(self.task_id, self.claim.attempt, base_sha=self.base_sha)
+        if (checkpoint := self.kept("checkpoint")) is not None:
+            repository.restore(self.box, checkpoint, branch=self.claim.task.branch)
+        self.note(f"Repository ready at {self.base_sha[:12]}, branch {self.claim.task.branch}.")
+
+    def set_up(self) -> None:
+        if self.spec.setup is None:
+            return
+        self.enter(Phase.SETUP)
+        with self.lease.interruptible(self.box.end_processes):
+            done = repository.run_setup(self.box, self.spec.setup, timeout_s=self.timers.setup_s)
+        self.note(self.redactor.text(done.output) or "The set-up command printed nothing.", kind="tool_result")
+        self.stop_if_cancelled()
+        if done.exit_code != 0:
+            how = "did not end in time" if done.exit_code is None else f"ended with exit code {done.exit_code}"
+            self.end("setup_failed", f"The set-up command {how}.", "Its output is in the log; correct `setup`.")
+
+    def start_agent(self) -> None:
+        self.stop_if_cancelled()
+        self.agent.install(
+            self.box, self.spec, session=self.kept("session"), goes_on=self.agent_has_run, used=self.usage
+        )
+        # Before the start, not after it: an attempt that finds this phase never sets the repository up again.
+        self.enter(Phase.AGENT)
+        self.agent_has_run = self.agent_is_here = True
+        self.agent.start(self.box, env=self.env)
+
+    def follow(self) -> Ending:
+        """Read the agent's log into the store until the agent ends, or has to be ended."""
+        reader = self.reader = LogReader(self.box, self.log_offset, self.redactor)
+        limit_s = self.spec.timeout_minutes * 60
+        if self.phase in (Phase.SAVE, Phase.VERIFY):
+            # It had ended when an earlier attempt died; what it was stopped for, if it was, is still so.
+            ended = read_result(self.box)
+            why = self.reason_to_stop(self.running_s, limit_s, 0, reader)
+            if why is not None and (ended is None or ended.status is not TaskStatus.COMPLETED):
+                return why.with_summary_of(ended)
+            return ended or Ending.failed(
+                "interrupted", "The agent's result is missing.", "Look at the end of the log."
+            )
+        started = time.monotonic() - self.running_s
+        last_event = checkpoint_at = time.monotonic()
+        """The time of the last checkpoint, or since when there was nothing to keep."""
+        asked_to_stop: tuple[float, Ending | None] | None = None
+        while True:
+            self.lease.check()
+            if self.worker.stopping.is_set():
+                raise Draining
+            ended = read_result(self.box)
+            alive = ended is None and self.box.alive()
+            if ended is None and not alive:
+                ended = read_result(self.box)  # it may have come to its end between the two looks
+            now = time.monotonic()
+            # Read after looking for the end, so that the last lines are never missed.
+            if events := reader.read():
+                last_event = now
+            self.running_s = now - started
+            if events or reader.moved:
+                self.usage = self.whole_usage(reader.usage(self.usage))
+                signals = self.tasks.follow(
+                    self.task_id,
+                    self.claim.attempt,
+                    events,
+                    log_offset=reader.offset,
+                    lease_s=self.timers.lease_s,
+                    usage=self.usage,
+                    running_seconds=self.running_s,
+                )
+                self.lease.renewed(signals)
+                continue
+            if not reader.tool_running and last_event < checkpoint_at:
+                checkpoint_at = now  # it does nothing
+            if alive and asked_to_stop is None and now - checkpoint_at > self.timers.checkpoint_s:
+                checkpoint_at = now
+                with self.not_now():
+                    self.keep_checkpoint()
+            if asked_to_stop is not None:
+                since, ending = asked_to_stop
+                if ended is not None or not alive or now - since > self.timers.stop_grace_s:
+                    if ending is not None:
+                        return ending.with_summary_of(ended)
+                    if ended is None or ended.stopped:
+                        raise _SessionEnds
+                    return ended
+            elif ended is not None:
+                if ended.status is TaskStatus.COMPLETED:
+                    return ended
+                # It may be that an earlier attempt asked it to stop, and died.
+                if (why := self.reason_to_stop(self.running_s, limit_s, 0, reader)) is not None:
+                    return why.with_summary_of(ended)
+                if ended.stopped and self.session_ends():
+                    raise _SessionEnds
+                return ended
+            elif not alive:
+                if said := self.box.output(max_bytes=2000).decode("utf-8", "replace").strip():
+                    self.note(self.redactor.text(said), level=Level.WARNING, kind="stderr")
+                return Ending.failed(
+                    "interrupted",
+                    "The agent's process died.",
+                    "What it had done is saved; submit the task again to go on.",
+                )
+            elif (ending := self.reason_to_stop(self.running_s, limit_s, now - last_event, reader)) is not None:
+                asked_to_stop = (now, ending)
+                self.note(ending.why, level=Level.WARNING)
+                self.agent.tell(self.box, "stop", {"kind": "stop", "reason": ending.why})
+            elif self.session_ends():
+                asked_to_stop = (now, None)
+                self.agent.tell(self.box, "stop", {"kind": "stop", "reason": "The sandbox's time is nearly up."})
+            self.worker.stopping.wait(self.timers.poll_s)
+
+    def reason_to_stop(self, running_s: float, limit_s: float, quiet_s: float, reader: LogReader) -> Ending | None:
+        if self.lease.signals.cancel_requested:
+            return Ending.cancelled()
+        if running_s > limit_s:
+            return Ending.failed(
+                "timed_out",
+                f"The task ran longer than its limit of {self.spec.timeout_minutes:g} minutes.",
+                "What the agent had done is saved; submit again with a higher timeout_minutes.",
+            )
+        idle_s = self.timers.idle_in_tool_s if reader.tool_running else self.timers.idle_s
+        if quiet_s > idle_s:
+            return Ending.failed(
+                "idle",
+                f"The agent said nothing for {idle_s / 60:g} minutes.",
+                "What the agent had done is saved; look at the end of the log for what it waited for.",
+            )
+        return None
+
+    def session_ends(self) -> bool:
+        """Will the provider end the sandbox soon?"""
+        cap_s = self.provider().session_cap_s
+        return cap_s is not None and self.age_s() > cap_s - min(LEAVE_EARLY_S, cap_s / 10)
+
+    def keep_checkpoint(self) -> None:
+        """Keep what another sandbox needs to go on from here. The agent may be at work, and hostile."""
+        assert self.base_sha is not None
+        bundle = repository.checkpoint(self.box, base_sha=self.base_sha, branch=self.claim.task.branch)
+        session = self.agent.session(self.box)
+        blobs: dict[BlobKind, bytes] = {} if bundle is None else {"checkpoint": bundle}
+        if session is not None:
+            blobs["session"] = self.redactor.data(session)
+        self.keep(blobs)
+        self.note("Kept a checkpoint of the work in progress.", level=Level.DEBUG)
+
+    @contextlib.contextmanager
+    def not_now(self) -> Generator[None]:
+        """For a checkpoint of which there will be another: what only this one has no luck with is let pass."""
+        try:
+            yield
+        except (LeaseLost, SandboxGone, SandboxUnreachable):
+            raise
+        except CloudAgentError as error:
+            if isinstance(error, DatabaseUnavailable) and not isinstance(error, StorageFull):
+                raise
+            log.warning("no checkpoint of %s was kept: %s", self.task_id, error)
+
+    def save(self) -> bool:
+        """Bring out and keep what the agent did, however it ended. True when there is something to verify.
+
+        Of a sandbox that is gone the last checkpoint is left.
+        """
+        if not self.agent_has_run or self.base_sha is None:
+            return False
+        self.enter(Phase.SAVE)
+        branch = self.claim.task.branch
+        self.result = Result(artifacts=Artifacts(branch=branch))
+        try:
+            bundle = self.collect() if self.agent_is_here else self.kept(self.left)
+            if bundle is None:
+                self.note("The agent changed no file.")
+                return True
+            changes = repository.inspect(self.input_bundle(), self.base_sha, bundle, branch)
+        except (LeaseLost, SandboxGone, SandboxUnreachable, DatabaseUnavailable):
+            raise
+        except Exception as error:
+            self.full_disk(error)
+            if not isinstance(error, CloudAgentError):
+                raise
+            self.note(f"The agent's work could not be brought out: {error.message}", level=Level.ERROR, kind="error")
+            return False
+        self.keep({"result": bundle, "diff": self.redactor.data(changes.diff)})
+        self.result = Result(
+            artifacts=Artifacts(
+                branch=branch,
+                commits=changes.commits,
+                files_changed=len(changes.files),
+                insertions=changes.insertions,
+                deletions=changes.deletions,
+            )
+        )
+        self.note(f"Saved: {_files(len(changes.files))} changed, +{changes.insertions} -{changes.deletions} lines.")
+        return True
+
+    def collect(self) -> bytes | None:
+        """End all processes and bring out what the agent did and said; None when it changed nothing."""
+        assert self.base_sha is not None
+        self.box.end_processes()
+        if (session := self.agent.session(self.box)) is not None:
+            self.keep({"session": self.redactor.data(session)})
+        message = f"{self.spec.title}\n\nTask {self.task_id}"
+        return repository.collect(self.box, base_sha=self.base_sha, branch=self.claim.task.branch, message=message)
+
+    def verify(self, ending: Ending) -> Ending:
+        """Run the `verify` command in a clean checkout of what was saved; no process of the agent's is left by now."""
+        if self.spec.verify is None:
+            return ending
+        if self.sandbox is None:
+            self.note("The sandbox died before the result could be verified.", level=Level.WARNING)
+            return ending
+        try:
+            self.enter(Phase.VERIFY)
+            with self.lease.interruptible(self.box.end_processes):
+                done = repository.verify(
+                    self.box,
+                    input_bundle=self.input_bundle(),
+                    result_bundle=self.kept("result"),
+                    base_sha=self.base_sha,
+                    branch=self.claim.task.branch,
+                    command=self.spec.verify,
+                    timeout_s=self.timers.verify_s,
+                )
+            self.stop_if_cancelled()
+        except _Ended as ended:
+            return ended.ending
+        except (LeaseLost, SandboxUnreachable, DatabaseUnavailable):
+            raise
+        except CloudAgentError as error:
+            if self.lease.signals.cancel_requested:
+                return Ending.cancelled()  # that is why
+            self.note(f"The verify command could not be run: {error.message}", level=Level.ERROR, kind="error")
+            return ending
+        self.verdict = Verdict.PASSED if done.exit_code == 0 else Verdict.FAILED
+        done = VerifyResult(command=done.command, exit_code=done.exit_code, output=self.redactor.text(done.output))
+        self.result = self.result.model_copy(update={"verify": done})
+        level = Level.INFO if self.verdict is Verdict.PASSED else Level.WARNING
+        self.note(f"Verdict: {self.verdict}.", level=level)
+        return ending
+
+    def finish(self, ending: Ending) -> None:
+        summary = None if ending.summary is None else self.redactor.text(ending.summary)
+        error = ending.error
+        if error is not None:
+            error = error.model_copy(update={"message": self.redactor.text(error.message)})
+        level = Level.INFO if ending.status is TaskStatus.COMPLETED else Level.WARNING
+        self.lease.check()
+        self.blobs.drop(self.task_id, ["checkpoint"], attempt=self.claim.attempt)
+        if ending.model is not None and self.spec.model is None:
+            self.tasks.update(self.task_id, self.claim.attempt, model=ending.model)
+        self.tasks.finish(
+            self.task_id,
+            self.claim.attempt,
+            status=ending.status,
+            verdict=self.verdict if ending.status is TaskStatus.COMPLETED else None,
+            result=self.result.model_copy(update={"summary": summary}) if self.agent_has_run else None,
+            error=error,
+            usage=self.whole_usage(ending.usage or self.usage),
+            events=[
+                EventDraft(
+                    kind="status", message=f"{ending.status.value.capitalize()}. {ending.why}".strip(), level=level
+                )
+            ],
+        )
+
+    def whole_usage(self, said: Usage) -> Usage:
+        """What the agent said that it used, with the time of every sandbox in every attempt that held it."""
+        held_s = self.held_s + self.age_s() - self.sandbox_age_s
+        return said.model_copy(update={"sandbox_seconds": round(self.claim.task.usage.sandbox_seconds + held_s, 3)})
+
+    def age_s(self) -> float:
+        """How old the sandbox is."""
+        held_s = 0.0 if self.sandbox_since is None else time.monotonic() - self.sandbox_since
+        return self.sandbox_age_s + held_s
+
+    def discard_sandbox(self) -> None:
+        """After the finish: a worker that dies here leaves an orphan, which the sweeper finds."""
+        if self.sandbox is None:
+            return
+        try:
+            self.sandbox.kill()
+        except CloudAgentError as error:
+            log.warning("could not delete the sandbox of %s, the sweeper will: %s", self.task_id, error)
+
+    # -- what the steps share -------------------------------------------------------------------------------------
+
+    @property
+    def box(self) -> Sandbox:
+        assert self.sandbox is not None
+        return self.sandbox
+
+    def full_disk(self, error: Exception) -> Ending | None:
+        """How the attempt ends where a full disk of this worker's is behind its failure; None where none is.
+
+        Raises `StorageFull` once an agent has run: its work is safe in the sandbox, and another attempt goes on when
+        there is space.
+        """
+        if not self.worker.disk_is_full(error):
+            return None
+        if self.agent_is_here:
+            raise StorageFull() from error
+        return Ending.failed("storage_full", "The worker's disk is full.", "Free space there; then submit it again.")
+
+    def provider(self) -> Provider:
+        return self.worker.open_provider(self.claim.task.provider or self.spec.provider or "local")
+
+    def input_bundle(self) -> bytes | None:
+        return self.kept("input")
+
+    def kept(self, kind: BlobKind) -> bytes | None:
+        return self.blobs.get(self.claim.account_id, self.task_id, kind)
+
+    def enter(self, phase: Phase) -> None:
+        """Say how far the task is. Raises `LeaseLost`, and ends the attempt where a cancel or a drain is waiting."""
+        self.lease.check()
+        if phase is not Phase.SAVE:
+            self.stop_if_cancelled()
+        if self.worker.stopping.is_set():
+            raise Draining
+        self.tasks.update(self.task_id, self.claim.attempt, phase=phase)
+        self.phase = phase
+
+    def note(self, message: str, *, level: Level = Level.INFO, kind: str = "status") -> None:
+        draft = EventDraft.model_validate({"kind": kind, "message": message, "level": level})
+        self.worker.store.events.add(self.task_id, draft, attempt=self.claim.attempt)
+
+    def keep(self, blobs: Mapping[BlobKind, bytes]) -> None:
+        self.blobs.put_all(self.task_id, blobs, attempt=self.claim.attempt)
+
+    def stop_if_cancelled(self) -> None:
+        if self.lease.signals.cancel_requested:
+            raise _Ended(Ending.cancelled())
+
+    def end(self, code: TaskErrorCode, message: str, remedy: str) -> NoReturn:
+        raise _Ended(Ending.failed(code, message, remedy))
+
+
+class _SessionEnds(Exception):
+    """The provider ends the sandbox soon; the agent has come to rest in it."""
+
+
+class _Ended(Exception):
+    """The attempt is over before, or without, an agent's own end."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.why)
+        self.ending = ending
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
