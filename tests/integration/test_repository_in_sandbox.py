@@ -13,8 +13,10 @@ from cloudagent_queue.repository import (
     WorkingTree,
     bundle_working_tree,
     check_out,
+    checkpoint,
     collect,
     inspect,
+    restore,
     run_setup,
     verify,
 )
@@ -342,3 +344,72 @@ def test_a_large_binary_file_is_named_and_not_contained(workshop: Workshop) -> N
     assert len(changes.diff) < 2000
     assert b"big.bin differ" in changes.diff
     assert b"+x" in changes.diff
+
+
+# -- checkpoints: from one sandbox to another ------------------------------------------------------------------------
+
+
+def moved(sandbox: Sandbox, provider: Provider, given: WorkingTree) -> Sandbox:
+    """Another sandbox, in which the work of this one goes on."""
+    kept = checkpoint(sandbox, base_sha=given.base_sha, branch=BRANCH)
+    assert kept is not None
+    other = provider.create(metadata={})
+    check_out(other, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    restore(other, kept, branch=BRANCH)
+    return other
+
+
+def test_a_checkpoint_brings_commits_and_changes_to_another_sandbox_as_they_were(
+    sandbox: Sandbox, provider: Provider, given: WorkingTree
+) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    work(
+        sandbox,
+        "echo 2 > a.txt; git commit -qam Second; rm b.txt; echo new > new.txt; echo 3 > a.txt; echo x > ignored",
+    )
+    other = moved(sandbox, provider, given)
+    look = "git log --format=%s; git status --porcelain; git branch --show-current; cat a.txt; ls"
+    said = work(other, look)
+    assert said.splitlines()[0] == "Second"
+    assert said == work(sandbox, look).replace("\nignored", "")
+    other.kill()
+
+
+def test_a_checkpoint_without_changes_is_the_agents_last_commit(
+    sandbox: Sandbox, provider: Provider, given: WorkingTree
+) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    assert checkpoint(sandbox, base_sha=given.base_sha, branch=BRANCH) is None
+    work(sandbox, "echo 2 > a.txt; git commit -qam Second")
+    other = moved(sandbox, provider, given)
+    assert work(other, "git rev-parse HEAD; git status --porcelain") == work(sandbox, "git rev-parse HEAD")
+    other.kill()
+
+
+def test_a_checkpoint_disturbs_nothing_of_an_agent_at_work(sandbox: Sandbox, given: WorkingTree) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    work(sandbox, "echo staged > s.txt; git add s.txt; echo 2 > a.txt; git init -q nested; echo x > nested/y; rm b.txt")
+    look = "git status --porcelain; git rev-parse HEAD; git for-each-ref; ls -A nested; git stash list"
+    before = work(sandbox, look)
+    assert checkpoint(sandbox, base_sha=given.base_sha, branch=BRANCH) is not None
+    assert work(sandbox, look) == before
+
+
+def test_work_that_was_moved_comes_out_as_if_it_had_never_been(
+    sandbox: Sandbox, provider: Provider, given: WorkingTree
+) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    work(sandbox, "echo 2 > a.txt; git commit -qam Second; echo new > new.txt")
+    other = moved(sandbox, provider, given)
+    bundle = collect(other, base_sha=given.base_sha, branch=BRANCH, message="Do it")
+    assert bundle is not None
+    changes = inspect(given.bundle, given.base_sha, bundle, BRANCH)
+    assert (changes.commits, files(changes)) == (2, {"a.txt": "modified", "new.txt": "added"})
+    other.kill()
+
+
+@pytest.mark.parametrize("bundle", [b"", b"# v2 git bundle\n\n", b"# v2 git bundle\n" + b"0" * 40 + b" refs/x\n\nPACK"])
+def test_what_is_no_checkpoint_is_refused(sandbox: Sandbox, given: WorkingTree, bundle: bytes) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    with pytest.raises(SandboxError):
+        restore(sandbox, bundle, branch=BRANCH)
