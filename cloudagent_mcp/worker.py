@@ -63,6 +63,7 @@ def work(
             place=place_of(settings.cloudagent_home),
             store=app.store,
             keyring=settings.keyring,
+            providers=app.providers,
             open_provider=provider,
             deployment=deployment(settings.store_url),
             cache_folder=settings.cloudagent_home / "repositories",

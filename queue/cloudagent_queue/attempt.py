@@ -2,105 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import threading
 import time
-from collections.abc import Generator, Mapping
-from typing import NoReturn
 
 from cloudagent_queue import repository
-from cloudagent_queue.agents import open_agent
 from cloudagent_queue.follow import Ending, LogReader, read_result
-from cloudagent_queue.lease import Lease
-from cloudagent_queue.redact import Redactor
-from cloudagent_queue.sandboxes import Provider, Sandbox
-from cloudagent_queue.worker import Worker
+from cloudagent_queue.placement import Draining, Ended, Placement
 from cloudagent_storage.errors import (
     CloudAgentError,
     DatabaseUnavailable,
     Internal,
     LeaseLost,
-    SandboxError,
+    ProviderBusy,
     SandboxGone,
     SandboxUnreachable,
     StorageFull,
 )
 from cloudagent_storage.records import (
     Artifacts,
-    BlobKind,
-    Claim,
     EventDraft,
     Level,
     Phase,
     Result,
-    TaskErrorCode,
     TaskStatus,
-    Usage,
     Verdict,
     VerifyResult,
-    bound_for_git,
-    new_id,
 )
 
 log = logging.getLogger(__name__)
 
-LOSSES_MAX = 3
-"""A task that has lost more sandboxes than this goes on in no other: it may be what kills them."""
-LEAVE_EARLY_S = 300.0
-"""A sandbox is left so long before its provider ends it, or a tenth of its time where that is less."""
+BUSY_MAX_S = 24 * 3600.0
+"""A task that has got no sandbox for so long since it was submitted gets none any more."""
 
 
-class Draining(Exception):
-    """This worker stops; the sandbox lives on, and the next attempt adopts it."""
-
-
-class Attempt:
+class Attempt(Placement):
     """One claim of one task; the steps of `run_task`."""
-
-    def __init__(self, worker: Worker, claim: Claim, lease: Lease) -> None:
-        self.worker = worker
-        self.claim = claim
-        self.lease = lease
-        self.timers = worker.timers
-        self.tasks = worker.store.tasks
-        self.blobs = worker.store.blobs
-        self.task_id = claim.task.task_id
-        self.spec = claim.spec
-        self.base_sha = claim.task.base_sha
-        self.agent = open_agent(self.spec.agent)
-        sealed = claim.credentials
-        self.env: dict[str, str] = json.loads(worker.keyring.open(sealed, bound_to=self.task_id)) if sealed else {}
-        sealed = claim.git_credentials
-        self.git_tokens: dict[str, str] = (
-            json.loads(worker.keyring.open(sealed, bound_to=bound_for_git(self.task_id))) if sealed else {}
-        )
-        self.redactor = Redactor([*self.agent.secrets(self.env), *self.git_tokens.values()])
-        self.sandbox: Sandbox | None = None
-        self.reader: LogReader | None = None
-        self.agent_has_run = claim.running_seconds > 0
-        """In whatever sandbox."""
-        self.agent_is_here = False
-        """Has it been started in the sandbox that we have?"""
-        self.result = Result()
-        self.verdict = Verdict.UNVERIFIED
-        self.usage = claim.task.usage
-        self.sandbox_since: float | None = None
-        """When this attempt got hold of its sandbox, by the machine's monotonic time."""
-        self.sandbox_age_s = claim.sandbox_age_s
-        """How old it was then."""
-        self.log_offset = claim.log_offset
-        self.running_s = claim.running_seconds
-        """How long agents have run before `follow`."""
-        self.losses = claim.sandbox_losses
-        self.phase = claim.task.phase
-        self.left: BlobKind = "result" if claim.task.phase is Phase.VERIFY else "checkpoint"
-        """What is there of a sandbox's work once it is gone."""
-        self.held_s = 0.0
-        """How long this attempt has held sandboxes that it let go."""
-
-    # -- the steps ------------------------------------------------------------------------------------------------
 
     def work(self) -> Ending:
         """Bring an agent to its end: the one that an earlier attempt left running, or a new one."""
@@ -121,11 +58,15 @@ class Attempt:
                 adopted = False
         except (LeaseLost, Draining, DatabaseUnavailable):
             raise
+        except ProviderBusy as error:
+            if time.time() - self.claim.task.created_at.timestamp() > BUSY_MAX_S:
+                return Ending.failed_by(error)
+            raise
         except SandboxUnreachable as error:
             if (full := self.full_disk(error)) is not None:
                 return full
             raise
-        except _Ended as ended:
+        except Ended as ended:
             return ended.ending
         except CloudAgentError as error:
             if self.lease.signals.cancel_requested:
@@ -136,82 +77,6 @@ class Attempt:
             if (full := self.full_disk(error)) is not None:
                 return full
             return Ending.failed("internal", Internal().message, Internal.remedy)
-
-    def adopt_sandbox(self) -> bool:
-        """Find the sandbox of an earlier attempt. True when an agent was started in it: go straight to `follow`.
-
-        A sandbox in which no agent was started holds nothing that is worth keeping; it is killed, and confirmed gone,
-        before a new one may be made.
-        """
-        provider = self.provider()
-        agent_was_started = self.claim.task.phase in (Phase.AGENT, Phase.SAVE, Phase.VERIFY)
-        if self.claim.sandbox_place not in (None, provider.place):
-            # Nothing here can tell whether it lives: the machine that it is on has been away for longer than
-            # `patience_s`. Should it come back, its sweeper finds a sandbox that no row names any more.
-            self.lose_sandbox("The machine that the sandbox is on did not come back.")
-            return False
-        if (sandbox_id := self.claim.sandbox_id) is not None:
-            try:
-                sandbox = provider.connect(sandbox_id)
-            except SandboxGone:
-                if self.claim.task.phase is Phase.VERIFY:
-                    self.agent_has_run = True
-                    raise _Ended(Ending(TaskStatus.COMPLETED)) from None  # only what completed is verified, once saved
-                if agent_was_started:
-                    self.lose_sandbox()
-                return False
-            if agent_was_started:
-                self.sandbox, self.sandbox_since = sandbox, time.monotonic()
-                self.agent_has_run = self.agent_is_here = True
-                self.note(f"Attempt {self.claim.attempt} goes on in the same sandbox.")
-                if self.claim.task.phase is Phase.AGENT and read_result(sandbox) is None and not sandbox.alive():
-                    # Only where the last worker died just before the start: a sandbox starts one command in its life.
-                    with contextlib.suppress(SandboxError):
-                        self.agent.start(sandbox, env=self.env)
-                return True
-            sandbox.kill()
-        elif (nonce := self.claim.sandbox_nonce) is not None:
-            for info in provider.list({"nonce": nonce}):
-                provider.connect(info.id).kill()
-        return False
-
-    def lose_sandbox(self, why: str = "The sandbox died.") -> None:
-        """Go on without the sandbox that is confirmed gone, from the last checkpoint; or end, as the task wants it."""
-        self.let_go()
-        self.losses += 1
-        if self.spec.on_interrupt == "fail" or self.losses > LOSSES_MAX:
-            self.end("sandbox_lost", why, "What was kept of its work is saved; retry_task tries it once more.")
-        if self.spec.on_interrupt == "restart":
-            self.blobs.drop(self.task_id, ["checkpoint", "session"], attempt=self.claim.attempt)
-        self.left = "checkpoint"
-        self.tasks.update(self.task_id, self.claim.attempt, sandbox_losses=self.losses)
-        self.note(f"{why} The task goes on in a new one.", level=Level.WARNING)
-
-    def leave_sandbox(self) -> None:
-        """Take the work along before the provider ends the sandbox; no agent runs in it any more."""
-        self.box.end_processes()
-        self.keep_checkpoint()
-        self.box.kill()
-        self.let_go()
-        self.note("The sandbox's time is nearly up. The task goes on in a new one.")
-
-    def let_go(self) -> None:
-        """Of a sandbox that is gone; its time has been paid for."""
-        self.usage = self.whole_usage(self.usage)
-        self.held_s += self.age_s() - self.sandbox_age_s
-        self.sandbox, self.sandbox_since, self.sandbox_age_s = None, None, 0.0
-        self.agent_is_here = False
-
-    def create_sandbox(self) -> None:
-        self.enter(Phase.SANDBOX)
-        nonce = new_id("sbx")
-        provider = self.provider()
-        self.tasks.begin_sandbox(self.task_id, self.claim.attempt, nonce=nonce, place=provider.place)
-        self.log_offset, self.sandbox_age_s = 0, 0.0
-        metadata = {"deployment": self.worker.deployment, "task": self.task_id, "nonce": nonce}
-        self.sandbox, self.sandbox_since = provider.create(metadata=metadata), time.monotonic()
-        self.tasks.update(self.task_id, self.claim.attempt, sandbox_id=self.sandbox.id, provider=provider.name)
-        self.note(f"Sandbox ready: {provider.name}.")
 
     def prepare_repository(self) -> None:
         self.enter(Phase.REPOSITORY)
@@ -327,6 +192,9 @@ class Attempt:
                     raise _SessionEnds
                 return ended
             elif not alive:
+                # Where somebody ends the whole sandbox, the agent goes first.
+                self.worker.stopping.wait(self.timers.signals_s)
+                self.box.alive()
                 if said := self.box.output(max_bytes=2000).decode("utf-8", "replace").strip():
                     self.note(self.redactor.text(said), level=Level.WARNING, kind="stderr")
                 return Ending.failed(
@@ -361,34 +229,6 @@ class Attempt:
             )
         return None
 
-    def session_ends(self) -> bool:
-        """Will the provider end the sandbox soon?"""
-        cap_s = self.provider().session_cap_s
-        return cap_s is not None and self.age_s() > cap_s - min(LEAVE_EARLY_S, cap_s / 10)
-
-    def keep_checkpoint(self) -> None:
-        """Keep what another sandbox needs to go on from here. The agent may be at work, and hostile."""
-        assert self.base_sha is not None
-        bundle = repository.checkpoint(self.box, base_sha=self.base_sha, branch=self.claim.task.branch)
-        session = self.agent.session(self.box)
-        blobs: dict[BlobKind, bytes] = {} if bundle is None else {"checkpoint": bundle}
-        if session is not None:
-            blobs["session"] = self.redactor.data(session)
-        self.keep(blobs)
-        self.note("Kept a checkpoint of the work in progress.", level=Level.DEBUG)
-
-    @contextlib.contextmanager
-    def not_now(self) -> Generator[None]:
-        """For a checkpoint of which there will be another: what only this one has no luck with is let pass."""
-        try:
-            yield
-        except (LeaseLost, SandboxGone, SandboxUnreachable):
-            raise
-        except CloudAgentError as error:
-            if isinstance(error, DatabaseUnavailable) and not isinstance(error, StorageFull):
-                raise
-            log.warning("no checkpoint of %s was kept: %s", self.task_id, error)
-
     def save(self) -> bool:
         """Bring out and keep what the agent did, however it ended. True when there is something to verify.
 
@@ -411,6 +251,8 @@ class Attempt:
             self.full_disk(error)
             if not isinstance(error, CloudAgentError):
                 raise
+            if self.agent_is_here:
+                self.box.alive()  # raises SandboxGone where that is why; another attempt goes on from the checkpoint
             self.note(f"The agent's work could not be brought out: {error.message}", level=Level.ERROR, kind="error")
             return False
         self.keep({"result": bundle, "diff": self.redactor.data(changes.diff)})
@@ -455,7 +297,7 @@ class Attempt:
                     timeout_s=self.timers.verify_s,
                 )
             self.stop_if_cancelled()
-        except _Ended as ended:
+        except Ended as ended:
             return ended.ending
         except (LeaseLost, SandboxUnreachable, DatabaseUnavailable):
             raise
@@ -496,16 +338,6 @@ class Attempt:
             ],
         )
 
-    def whole_usage(self, said: Usage) -> Usage:
-        """What the agent said that it used, with the time of every sandbox in every attempt that held it."""
-        held_s = self.held_s + self.age_s() - self.sandbox_age_s
-        return said.model_copy(update={"sandbox_seconds": round(self.claim.task.usage.sandbox_seconds + held_s, 3)})
-
-    def age_s(self) -> float:
-        """How old the sandbox is."""
-        held_s = 0.0 if self.sandbox_since is None else time.monotonic() - self.sandbox_since
-        return self.sandbox_age_s + held_s
-
     def discard_sandbox(self) -> None:
         """After the finish: a worker that dies here leaves an orphan, which the sweeper finds."""
         if self.sandbox is None:
@@ -514,13 +346,6 @@ class Attempt:
             self.sandbox.kill()
         except CloudAgentError as error:
             log.warning("could not delete the sandbox of %s, the sweeper will: %s", self.task_id, error)
-
-    # -- what the steps share -------------------------------------------------------------------------------------
-
-    @property
-    def box(self) -> Sandbox:
-        assert self.sandbox is not None
-        return self.sandbox
 
     def full_disk(self, error: Exception) -> Ending | None:
         """How the attempt ends where a full disk of this worker's is behind its failure; None where none is.
@@ -534,50 +359,9 @@ class Attempt:
             raise StorageFull() from error
         return Ending.failed("storage_full", "The worker's disk is full.", "Free space there; then submit it again.")
 
-    def provider(self) -> Provider:
-        return self.worker.open_provider(self.claim.task.provider or self.spec.provider or "local")
-
-    def input_bundle(self) -> bytes | None:
-        return self.kept("input")
-
-    def kept(self, kind: BlobKind) -> bytes | None:
-        return self.blobs.get(self.claim.account_id, self.task_id, kind)
-
-    def enter(self, phase: Phase) -> None:
-        """Say how far the task is. Raises `LeaseLost`, and ends the attempt where a cancel or a drain is waiting."""
-        self.lease.check()
-        if phase is not Phase.SAVE:
-            self.stop_if_cancelled()
-        if self.worker.stopping.is_set():
-            raise Draining
-        self.tasks.update(self.task_id, self.claim.attempt, phase=phase)
-        self.phase = phase
-
-    def note(self, message: str, *, level: Level = Level.INFO, kind: str = "status") -> None:
-        draft = EventDraft.model_validate({"kind": kind, "message": message, "level": level})
-        self.worker.store.events.add(self.task_id, draft, attempt=self.claim.attempt)
-
-    def keep(self, blobs: Mapping[BlobKind, bytes]) -> None:
-        self.blobs.put_all(self.task_id, blobs, attempt=self.claim.attempt)
-
-    def stop_if_cancelled(self) -> None:
-        if self.lease.signals.cancel_requested:
-            raise _Ended(Ending.cancelled())
-
-    def end(self, code: TaskErrorCode, message: str, remedy: str) -> NoReturn:
-        raise _Ended(Ending.failed(code, message, remedy))
-
 
 class _SessionEnds(Exception):
     """The provider ends the sandbox soon; the agent has come to rest in it."""
-
-
-class _Ended(Exception):
-    """The attempt is over before, or without, an agent's own end."""
-
-    def __init__(self, ending: Ending) -> None:
-        super().__init__(ending.why)
-        self.ending = ending
 
 
 def _files(count: int) -> str:

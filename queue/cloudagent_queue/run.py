@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 
-from cloudagent_queue.attempt import Attempt, Draining
+from cloudagent_queue.attempt import Attempt
 from cloudagent_queue.lease import Lease
+from cloudagent_queue.placement import Draining
 from cloudagent_queue.worker import Worker
 from cloudagent_storage.errors import (
     CloudAgentError,
     DatabaseUnavailable,
     Internal,
     LeaseLost,
+    ProviderBusy,
     SandboxGone,
     SandboxUnreachable,
 )
@@ -67,9 +69,12 @@ def run_task(worker: Worker) -> bool:
     except Draining:
         give_back(worker, claim)
         worker.ring(task_id)
-    except (SandboxGone, SandboxUnreachable, DatabaseUnavailable) as reason:
+    except (SandboxGone, SandboxUnreachable, ProviderBusy, DatabaseUnavailable) as reason:
         log.warning("%s has to wait: %s", task_id, reason)
-        give_back(worker, claim, pause_s=worker.timers.pause_s if isinstance(reason, SandboxUnreachable) else 0)
+        pause_s = worker.timers.pause_s if isinstance(reason, SandboxUnreachable) else 0.0
+        if isinstance(reason, ProviderBusy):
+            pause_s = reason.retry_after_s or worker.timers.pause_s
+        give_back(worker, claim, pause_s=pause_s)
     except Exception:
         log.exception("%s failed in a way that nobody foresaw", task_id)
         give_up(worker, claim)

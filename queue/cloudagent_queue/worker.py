@@ -7,12 +7,13 @@ import errno
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.sandboxes import Provider
+from cloudagent_queue.sandboxes.circuit import Circuit
 from cloudagent_storage.secrets import Keyring
 from cloudagent_storage.store import Store
 
@@ -29,6 +30,8 @@ class Worker:
     """Where it runs: it reaches the sandboxes that are bound to this place."""
     store: Store
     keyring: Keyring
+    providers: Sequence[str]
+    """Where sandboxes come from, by name, the preferred one first."""
     open_provider: Callable[[str], Provider]
     deployment: str
     """Names this installation in a sandbox's metadata, so that it only ever kills its own."""
@@ -39,6 +42,7 @@ class Worker:
     """Tells the queue of a task that another worker should take now."""
     stopping: threading.Event
     timers: Timers
+    circuit: Circuit = field(default_factory=Circuit)
     running_max: int | None = None
     """How many tasks one account may have running at once, in the whole installation; None for any number."""
 

@@ -200,7 +200,7 @@ def test_a_renewed_lease_is_held(store: Store) -> None:
 def test_the_next_attempt_goes_on_where_the_last_one_stopped(store: Store) -> None:
     task_id = queued(store)
     first = claimed(store, task_id, lease_s=EXPIRED)
-    store.tasks.begin_sandbox(task_id, first.attempt, nonce="nonce-1", place="here")
+    store.tasks.begin_sandbox(task_id, first.attempt, nonce="nonce-1", provider="local", place="here")
     store.tasks.update(
         task_id,
         first.attempt,
@@ -466,10 +466,10 @@ def test_unfinished_counts_what_has_not_ended(store: Store) -> None:
 def test_of_an_earlier_sandbox_nothing_is_left_when_a_new_one_is_begun(store: Store) -> None:
     claim = claimed(store, lease_s=EXPIRED)
     task_id = claim.task.task_id
-    store.tasks.begin_sandbox(task_id, claim.attempt, nonce="first", place="there")
+    store.tasks.begin_sandbox(task_id, claim.attempt, nonce="first", provider="local", place="there")
     store.tasks.update(task_id, claim.attempt, sandbox_id="sandbox-1", sandbox_losses=2)
     store.tasks.follow(task_id, claim.attempt, [line("one")], log_offset=120, lease_s=60)
-    store.tasks.begin_sandbox(task_id, claim.attempt, nonce="second", place=None)
+    store.tasks.begin_sandbox(task_id, claim.attempt, nonce="second", provider="local", place=None)
     assert not store.tasks.owns_sandbox(task_id, "sandbox-1", "first")
     assert store.tasks.owns_sandbox(task_id, "", "second")
     store.tasks.release(task_id, claim.attempt)
@@ -477,13 +477,13 @@ def test_of_an_earlier_sandbox_nothing_is_left_when_a_new_one_is_begun(store: St
     assert (again.sandbox_id, again.sandbox_nonce, again.sandbox_place, again.log_offset) == (None, "second", None, 0)
     assert again.sandbox_losses == 2
     with pytest.raises(LeaseLost):
-        store.tasks.begin_sandbox(task_id, claim.attempt, nonce="late", place=None)
+        store.tasks.begin_sandbox(task_id, claim.attempt, nonce="late", provider="local", place=None)
 
 
 def test_a_claim_tells_how_old_the_sandbox_is(store: Store) -> None:
     claim = claimed(store)
     assert claim.sandbox_age_s == 0
-    store.tasks.begin_sandbox(claim.task.task_id, claim.attempt, nonce="nonce", place=None)
+    store.tasks.begin_sandbox(claim.task.task_id, claim.attempt, nonce="nonce", provider="local", place=None)
     a_second_later = store.now() + timedelta(seconds=1)
     while store.now() < a_second_later:
         pass
@@ -508,7 +508,7 @@ def test_a_sandbox_belongs_to_a_task_by_its_id_or_by_the_nonce(store: Store) -> 
     claim = claimed(store)
     task_id = claim.task.task_id
     assert not store.tasks.owns_sandbox(task_id, "", "")
-    store.tasks.begin_sandbox(task_id, claim.attempt, nonce="nonce", place=None)
+    store.tasks.begin_sandbox(task_id, claim.attempt, nonce="nonce", provider="local", place=None)
     assert store.tasks.owns_sandbox(task_id, "sandbox", "nonce")
     assert not store.tasks.owns_sandbox(task_id, "sandbox", "other")
     store.tasks.update(task_id, claim.attempt, sandbox_id="sandbox")

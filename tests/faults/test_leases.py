@@ -84,14 +84,14 @@ def test_what_nobody_has_rung_for_is_put_into_the_queue(local_store: Store, tmp_
 def left_by_nonce(store: Store, provider: Provider, task_id: str) -> None:
     """A worker died after it had made a sandbox and before it could say so."""
     store.tasks.update(task_id, 1, phase=Phase.SANDBOX)
-    store.tasks.begin_sandbox(task_id, 1, nonce="nonce", place=None)
+    store.tasks.begin_sandbox(task_id, 1, nonce="nonce", provider="local", place=None)
     provider.create(metadata={"deployment": "d", "task": task_id, "nonce": "nonce"})
 
 
 def left_by_id(store: Store, provider: Provider, task_id: str) -> None:
     """A worker died while it set the repository up."""
     store.tasks.update(task_id, 1, phase=Phase.REPOSITORY)
-    store.tasks.begin_sandbox(task_id, 1, nonce="nonce", place=None)
+    store.tasks.begin_sandbox(task_id, 1, nonce="nonce", provider="local", place=None)
     sandbox = provider.create(metadata={"deployment": "d", "task": task_id, "nonce": "nonce"})
     store.tasks.update(task_id, 1, sandbox_id=sandbox.id)
 
@@ -113,6 +113,7 @@ def test_a_sandbox_without_an_agent_is_gone_before_another_is_made(
         place="here",
         store=local_store,
         keyring=Keyring([generate_key()]),
+        providers=["unsafe-process"],
         open_provider=lambda _: provider,
         deployment="d",
         cache_folder=tmp_path / "repositories",

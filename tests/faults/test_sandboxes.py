@@ -134,7 +134,7 @@ def test_a_task_that_kills_every_sandbox_ends(on_sqlite: Installation) -> None:
     on_sqlite.start_worker(checkpoint_s=KEEP_S)
     task = on_sqlite.submit(steps=6, faults={"gate": "go"})
     for count in range(1, 5):
-        until(lambda count=count: len(sandboxes(on_sqlite, task)) == count, "it is started")
+        until(lambda count=count: len(sandboxes(on_sqlite, task)) == count, "it is started", 60)
         kill_sandbox(on_sqlite)
     on_sqlite.conclude({task: "sandbox_lost"})
 

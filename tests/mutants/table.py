@@ -323,7 +323,7 @@ MUTANTS = (
     # -- the worker --------------------------------------------------------------------------------------------------
     Mutant(
         "never_adopt",
-        f"{QUEUE}/attempt.py",
+        f"{QUEUE}/placement.py",
         "            if agent_was_started:\n                self.sandbox, ",
         "            if ():\n                self.sandbox, ",
         (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[sqlite]",),
@@ -338,7 +338,7 @@ MUTANTS = (
     ),
     Mutant(
         "the_age_of_a_sandbox_is_forgotten",
-        f"{QUEUE}/attempt.py",
+        f"{QUEUE}/placement.py",
         "self.sandbox_age_s = claim.sandbox_age_s",
         "self.sandbox_age_s = 0.0",
         (f"{SANDBOXES}::test_a_task_moves_in_time_however_often_its_worker_changes",),
@@ -353,7 +353,7 @@ MUTANTS = (
     ),
     Mutant(
         "sandboxes_may_be_lost_for_ever",
-        f"{QUEUE}/attempt.py",
+        f"{QUEUE}/placement.py",
         "or self.losses > LOSSES_MAX:",
         "or False:",
         (f"{SANDBOXES}::test_a_task_that_kills_every_sandbox_ends",),
@@ -368,14 +368,14 @@ MUTANTS = (
     ),
     Mutant(
         "the_old_sandbox_lives_on",
-        f"{QUEUE}/attempt.py",
+        f"{QUEUE}/placement.py",
         "                return True\n            sandbox.kill()\n",
         "                return True\n",
         (f"{LEASES}::test_a_sandbox_without_an_agent_is_gone_before_another_is_made[left_by_id]",),
     ),
     Mutant(
         "what_carries_the_nonce_lives_on",
-        f"{QUEUE}/attempt.py",
+        f"{QUEUE}/placement.py",
         "                provider.connect(info.id).kill()\n        return False",
         "                provider.connect(info.id)\n        return False",
         (f"{LEASES}::test_a_sandbox_without_an_agent_is_gone_before_another_is_made[left_by_nonce]",),

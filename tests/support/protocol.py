@@ -394,7 +394,8 @@ class Protocol(RuleBasedStateMachine):
         yield
         nonce = new_id("sbx")
         task_id, attempt = task.task_id, hand.claim.attempt
-        if not self.written(hand, lambda: self.store.tasks.begin_sandbox(task_id, attempt, nonce=nonce, place=None))[0]:
+        sandbox = {"nonce": nonce, "provider": "local", "place": None}
+        if not self.written(hand, lambda: self.store.tasks.begin_sandbox(task_id, attempt, **sandbox))[0]:
             return
         task.nonce, task.sandbox_id = nonce, None
         task.offset = hand.offset = 0

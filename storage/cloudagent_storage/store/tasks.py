@@ -282,7 +282,7 @@ class Tasks:
         with self._db.writing():
             change_held(self._db, task_id, attempt, **columns)
 
-    def begin_sandbox(self, task_id: str, attempt: int, *, nonce: str, place: str | None) -> None:
+    def begin_sandbox(self, task_id: str, attempt: int, *, nonce: str, provider: str, place: str | None) -> None:
         """A new sandbox is about to be made, in the place of an earlier one: its id and log are forgotten.
 
         Raises `LeaseLost`.
@@ -294,6 +294,7 @@ class Tasks:
                 attempt,
                 sandbox_id=None,
                 sandbox_nonce=nonce,
+                provider=provider,
                 sandbox_place=place,
                 sandbox_made_at=self._db.now,
                 log_offset=0,
