@@ -258,6 +258,18 @@ def test_the_set_up_command_runs_in_the_repository(sandbox: Sandbox, given: Work
     assert run_setup(sandbox, "cat b.txt; exit 4", 10).exit_code == 4
 
 
+def test_what_the_repository_sets_is_seen_by_set_up_and_verify(sandbox: Sandbox, given: WorkingTree) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=None, branch=BRANCH)
+    env = {"FLAVOUR": "dark 'chocolate'\n$(exit 3)"}
+    command = 'printf %s "$FLAVOUR"'
+    assert run_setup(sandbox, command, 10, env).output == env["FLAVOUR"]
+    done = verify(
+        sandbox, input_bundle=given.bundle, result_bundle=None, branch=BRANCH, command=command, timeout_s=20, env=env
+    )
+    assert done.output == env["FLAVOUR"]
+    assert run_setup(sandbox, command, 10).output == ""
+
+
 # -- quarantine ---------------------------------------------------------------------------------------------------
 
 
