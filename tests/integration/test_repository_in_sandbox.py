@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cloudagent_queue.agents import open_agent
 from cloudagent_queue.repository import (
     WorkingTree,
     bundle_working_tree,
@@ -23,6 +24,7 @@ from cloudagent_queue.sandboxes import Provider, Sandbox
 from cloudagent_queue.sandboxes.local import LocalProvider, UnsafeProcessProvider
 from cloudagent_storage.errors import SandboxError, UnsafeChange
 from tests.support.git_repos import Result, Workshop, commit, git, make_repository
+from tests.support.worlds import until
 
 BRANCH = "task/abcd2345"
 
@@ -268,6 +270,15 @@ def test_what_the_repository_sets_is_seen_by_set_up_and_verify(sandbox: Sandbox,
     )
     assert done.output == env["FLAVOUR"]
     assert run_setup(sandbox, command, 10).output == ""
+
+
+def test_a_variable_for_the_repositorys_own_python_does_not_reach_into_the_runner(sandbox: Sandbox) -> None:
+    sandbox.write("repository/src/json.py", b"raise SystemExit('shadowed')")
+    sandbox.write("run/runner.py", b"import json, os; print(json.dumps(os.environ['PYTHONPATH']))")
+    folder = f"{sandbox.root}/repository/src"
+    open_agent("claude").start(sandbox, env={"PYTHONPATH": folder})
+    until(lambda: not sandbox.alive(), "it ends")
+    assert sandbox.output().decode().strip() == f'"{folder}"'
 
 
 # -- quarantine ---------------------------------------------------------------------------------------------------
