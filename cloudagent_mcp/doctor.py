@@ -14,6 +14,7 @@ from cloudagent_mcp.settings import Settings
 from cloudagent_queue import git
 from cloudagent_queue.agents import open_agent
 from cloudagent_queue.sandboxes import open_provider
+from cloudagent_queue.sandboxes.prices import Prices
 from cloudagent_storage.errors import CloudAgentError, SandboxUnavailable, Unavailable
 from cloudagent_storage.records import Record
 
@@ -39,6 +40,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         ("queue", lambda: app.queue.check()),
         ("git", lambda: git.run("--version", folder=Path("/")).text.removeprefix("git ")),
         *[(f"sandbox {name}", lambda name=name: _sandbox(settings, name)) for name in app.providers],
+        ("prices", lambda: _prices(app)),
         ("agent", lambda: _agent_in_sandbox(app)),
         ("credential", lambda: _credential(settings, agent.check_credential)),
         ("worker", lambda: _worker(settings)),
@@ -77,6 +79,11 @@ def _database(app: App) -> str:
 
 def _sandbox(settings: Settings, name: str) -> str:
     return open_provider(name, data_folder=settings.cloudagent_home).self_check()
+
+
+def _prices(app: App) -> str:
+    prices = Prices.read(app.settings.sandbox_prices)
+    return "; ".join(map(prices.told, app.providers))
 
 
 def _agent_in_sandbox(app: App) -> str:

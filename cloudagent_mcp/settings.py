@@ -30,6 +30,8 @@ class Settings(BaseModel):
     redis_url: SecretStr | None = None
     """redis://…, or sqlite:///FILE for `queue_url`; a file in the data folder where both are unset."""
     sandbox_provider: str = "local"
+    sandbox_prices: Path | None = None
+    """A file with prices of sandboxes, in place of list prices; `sandboxes/prices.toml` tells its form."""
     admin_api_key: SecretStr | None = None
     encryption_key: SecretStr | None = None
     """Seals credentials at rest; separated by commas, newest first. A key file in the data folder where it is unset."""

@@ -10,7 +10,7 @@
       - InvalidCron, NeverFires, TooFrequent, UnknownTimezone
     + repository
       - RepositoryNotAllowed, RepositoryNotFound, RepositoryUnreachable, RepositoryEmpty, CredentialsInUrl
-      - InvalidRef, RefNotFound, RepositoryTooLarge
+      - InvalidRef, RefNotFound, RepositoryTooLarge, InvalidRepositoryConfig
   x NotFound
     + TaskNotFound, ScheduleNotFound, KeyNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
@@ -247,6 +247,13 @@ class RefNotFound(InvalidInput):
     code = "ref_not_found"
     remedy = "Pass the name of a branch or tag that exists."
     field = "base_ref"
+
+
+class InvalidRepositoryConfig(InvalidInput):
+    """The repository's `.cloudagent.toml` cannot be used."""
+
+    code = "invalid_repository_config"
+    remedy = "Correct the file; docs/repository-settings.md tells what may stand in it."
 
 
 class NotFound(CloudAgentError):

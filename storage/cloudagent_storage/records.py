@@ -213,7 +213,8 @@ class Usage(Record):
     turns: int = 0
     model_ms: int = 0
     sandbox_seconds: float = 0.0
-    sandbox_cost_usd: float = 0.0
+    sandbox_cost_usd: float | None = None
+    """None where nobody knows what its provider asks for; what costs nothing is 0."""
 
 
 class TaskError(Record):
@@ -341,6 +342,10 @@ class Claim(Record):
     """The task's sealed credentials (see secrets.py)."""
     git_credentials: bytes | None = None
     """The same, for git alone: the agent never sees them."""
+    config: bytes | None = None
+    """The repository's `.cloudagent.toml`, once its files are kept; None where it has none."""
+    manifests: str | None = None
+    """A digest of the files that decide what its set-up installs, once they are known."""
     cancel_requested: bool
 
 
@@ -413,6 +418,9 @@ class TaskDraft(Record):
     base_sha: str | None = None
     bundle: bytes | None = None
     """The `input` blob."""
+    config: bytes | None = None
+    manifests: str | None = None
+    """As a `Claim` has them."""
     credentials: bytes | None = None
     """Sealed and bound to the task's id."""
     git_credentials: bytes | None = None
@@ -478,6 +486,17 @@ class HeldSchedule(Record):
     """Sealed and bound to the schedule's id (see secrets.py)."""
     unfinished_task_id: str | None
     """A task of this schedule that has not ended."""
+
+
+class KeptTemplate(Record):
+    """What a provider's sandboxes can start from, with a set-up already done in it."""
+
+    account_id: str
+    provider: str
+    key: str
+    """What it was made from (see `setup_key`)."""
+    template: str
+    """The provider's own name of it."""
 
 
 class Account(Record):

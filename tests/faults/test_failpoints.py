@@ -26,7 +26,7 @@ STEPS: dict[str, tuple[str, int]] = {
     "update": (f"{TASKS}.update", 9),
     "begin a sandbox": (f"{TASKS}.begin_sandbox", 1),
     "create": (f"{PROVIDER}.create", 1),
-    "half created": ("pathlib:Path.write_text", 1),
+    "half created": ("pathlib:Path.rename", 1),
     # ready, repository, set-up's output, saved, verdict
     "note": (f"{EVENTS}.add", 5),
     "check out": (f"{REPOSITORY}:check_out", 1),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cloudagent_queue.agents import open_agent
 from cloudagent_queue.repository import (
     WorkingTree,
     bundle_working_tree,
@@ -25,6 +26,7 @@ from cloudagent_queue.sandboxes import Provider, Sandbox
 from cloudagent_queue.sandboxes.local import LocalProvider, UnsafeProcessProvider
 from cloudagent_storage.errors import SandboxError, UnsafeChange
 from tests.support.git_repos import Result, Workshop, commit, git, make_repository
+from tests.support.worlds import until
 
 BRANCH = "task/abcd2345"
 
@@ -258,6 +260,27 @@ def test_verify_ends_when_its_time_is_up_and_keeps_the_end_of_the_output(sandbox
 def test_the_set_up_command_runs_in_the_repository(sandbox: Sandbox, given: WorkingTree) -> None:
     check_out(sandbox, bundle=given.bundle, base_sha=None, branch=BRANCH)
     assert run_setup(sandbox, "cat b.txt; exit 4", 10).exit_code == 4
+
+
+def test_what_the_repository_sets_is_seen_by_set_up_and_verify(sandbox: Sandbox, given: WorkingTree) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=None, branch=BRANCH)
+    env = {"FLAVOUR": "dark 'chocolate'\n$(exit 3)"}
+    command = 'printf %s "$FLAVOUR"'
+    assert run_setup(sandbox, command, 10, env).output == env["FLAVOUR"]
+    done = verify(
+        sandbox, input_bundle=given.bundle, result_bundle=None, branch=BRANCH, command=command, timeout_s=20, env=env
+    )
+    assert done.output == env["FLAVOUR"]
+    assert run_setup(sandbox, command, 10).output == ""
+
+
+def test_a_variable_for_the_repositorys_own_python_does_not_reach_into_the_runner(sandbox: Sandbox) -> None:
+    sandbox.write("repository/src/json.py", b"raise SystemExit('shadowed')")
+    sandbox.write("run/runner.py", b"import json, os; print(json.dumps(os.environ['PYTHONPATH']))")
+    folder = f"{sandbox.root}/repository/src"
+    open_agent("claude").start(sandbox, env={"PYTHONPATH": folder})
+    until(lambda: not sandbox.alive(), "it ends")
+    assert sandbox.output().decode().strip() == f'"{folder}"'
 
 
 # -- quarantine ---------------------------------------------------------------------------------------------------

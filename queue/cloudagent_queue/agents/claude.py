@@ -158,7 +158,8 @@ class Claude:
         """Start the runner, detached."""
         # Claude Code's own number of retries stays: an overloaded API can take minutes to recover, and the runner
         # ends at once when the credential is refused.
-        sandbox.start([sandbox.python, RUNNER], env=env)
+        # Without PYTHONPATH and its like, which the repository may have set for its own commands.
+        sandbox.start([sandbox.python, "-E", RUNNER], env=env)
 
     def tell(self, sandbox: Sandbox, message_id: str, message: Mapping[str, Any]) -> None:
         """Put a message into the inbox. One of the kind "message" reaches the agent once, however often it is put."""

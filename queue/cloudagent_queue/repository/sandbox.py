@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,11 @@ def verify(
     branch: str,
     command: str,
     timeout_s: float,
+    env: Mapping[str, str] | None = None,
 ) -> VerifyResult:
     """Run the user's command in a fresh clone of the result, with a fresh home. Without a result the base is checked.
 
+    `env` is what the repository sets, beside what every command in a sandbox has.
     The bundles are those that were saved, not what lies in the sandbox. No process of the agent may be left.
     Raises `SandboxError` when it could not be run at all.
     """
@@ -112,13 +115,14 @@ def verify(
         ((tip, _),) = read_header(result_bundle).refs
     request = {"tip": tip, "branch": branch, "object_format": object_format, "result": result_bundle is not None}
     _run_inside(sandbox, "clone", request)
-    done = sandbox.run(["/bin/sh", "-c", command], timeout_s=timeout_s, cwd=VERIFY_FOLDER, home=VERIFY_HOME)
+    shell = ["/bin/sh", "-c", command]
+    done = sandbox.run(shell, timeout_s=timeout_s, env=env, cwd=VERIFY_FOLDER, home=VERIFY_HOME)
     return VerifyResult(command=command, exit_code=done.exit_code, output=done.output[-OUTPUT_LIMIT:])
 
 
-def run_setup(sandbox: Sandbox, command: str, timeout_s: float) -> CommandResult:
-    """Run the user's set-up command in the agent's working tree."""
-    done = sandbox.run(["/bin/sh", "-c", command], timeout_s=timeout_s, cwd=REPOSITORY_FOLDER)
+def run_setup(sandbox: Sandbox, command: str, timeout_s: float, env: Mapping[str, str] | None = None) -> CommandResult:
+    """Run the set-up command in the agent's working tree, with what the repository sets as `env`."""
+    done = sandbox.run(["/bin/sh", "-c", command], timeout_s=timeout_s, env=env, cwd=REPOSITORY_FOLDER)
     return CommandResult(exit_code=done.exit_code, output=done.output[-OUTPUT_LIMIT:])
 
 

@@ -250,6 +250,8 @@ def claim_of(row: TaskRow, *, lease_s: float) -> Claim:
         running_seconds=row.running_seconds,
         credentials=None if row.credentials is None else bytes(row.credentials),
         git_credentials=None if row.git_credentials is None else bytes(row.git_credentials),
+        config=None if row.config is None else bytes(row.config),
+        manifests=row.manifests,
         cancel_requested=row.cancel_requested_at is not None,
     )
 
