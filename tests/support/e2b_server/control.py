@@ -244,7 +244,7 @@ class Router:
             if not started:
                 await JSONResponse(no_sandbox, 502)(scope, receive, send)
             elif error is not None:
-                cut(transport_of(getattr(send, "_send", send)))
+                cut(transport_of(send))
         elif isinstance(error, Exception) and not isinstance(error, asyncio.CancelledError):
             raise error
 
