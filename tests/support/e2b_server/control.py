@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from cloudagent_queue.sandboxes.bubblewrap import Bubblewrap, library_path
 from tests.support.e2b_server import envd
-from tests.support.e2b_server.faults import cut, transport_of
+from tests.support.e2b_server.faults import reset, transport_of, until_closed
 from tests.support.e2b_server.sandbox import BARE_PATH, HOME, PATH_WITH_AGENT, USER, Gone, Isolated
 from tests.support.e2b_server.templates import Template, Templates
 
@@ -223,8 +223,9 @@ class Router:
 
         async def send_on(message: Any) -> None:
             nonlocal started
-            started = True
-            await send(message)
+            if not sandbox.inside.gone.is_set():
+                started = True
+                await send(message)
 
         async def receive_on() -> Any:
             nonlocal left
@@ -234,19 +235,23 @@ class Router:
                 serving.cancel()  # a stream that has nothing to say would not notice
             return message
 
-        serving = asyncio.create_task(sandbox.app(scope, receive_on, send_on))
+        async def serve() -> None:
+            await sandbox.inside.ask("ping")  # envd is in there: it answers nothing while the sandbox is frozen
+            await sandbox.app(scope, receive_on, send_on)
+
+        serving = asyncio.create_task(serve())
         gone = asyncio.create_task(sandbox.inside.gone.wait())
         try:
             await asyncio.wait([serving, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (serving, gone):
-                task.cancel()
+            serving.cancel()
+            gone.cancel()
             (error, _) = await asyncio.gather(serving, gone, return_exceptions=True)
-        if sandbox.inside.gone.is_set():
-            if not started:
-                await JSONResponse(no_sandbox, 502)(scope, receive, send)
-            elif error is not None:
-                cut(transport_of(send))
+        if sandbox.inside.gone.is_set() and not started:
+            await JSONResponse(no_sandbox, 502)(scope, receive, send)
+        elif sandbox.inside.gone.is_set() and error is not None:
+            reset(transport_of(send))
+            await until_closed(receive)
         elif isinstance(error, Exception) and not left:
             raise error
 

@@ -150,16 +150,17 @@ class Processes:
         if deadline_s is not None:
             timer = loop.call_later(deadline_s, lambda: asyncio.ensure_future(self._out_of_time(process)))
             exit_status.add_done_callback(lambda _: timer.cancel())
+        drained = asyncio.create_task(asyncio.wait(readers))
         cut = asyncio.create_task(process.output_cut.wait())
         try:
-            await asyncio.wait([asyncio.gather(*readers), cut], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([drained, cut], return_when=asyncio.FIRST_COMPLETED)
             status = await asyncio.shield(exit_status)
         except Gone:  # whoever follows is cut off
             return
         finally:
             cut.cancel()
-            for reader in readers:
-                reader.cancel()
+            for task in readers:
+                task.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
             if process.stdin is not None:
                 os.close(process.stdin)
@@ -281,7 +282,6 @@ def application(inside: Isolated, env: Mapping[str, str]) -> Starlette:
     """Envd of one sandbox, as an ASGI application. `env` is what each command has in its environment."""
 
     async def health(request: Request) -> Response:
-        await inside.ask("ping")
         return Response(status_code=204)
 
     async def read(request: Request) -> Response:
