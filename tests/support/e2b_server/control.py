@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-import shutil
 import string
 import time
 import urllib.parse
@@ -26,7 +25,7 @@ from starlette.routing import Route
 from cloudagent_queue.sandboxes.bubblewrap import Bubblewrap, library_path
 from tests.support.e2b_server import envd
 from tests.support.e2b_server.faults import reset, transport_of, until_closed
-from tests.support.e2b_server.sandbox import BARE_PATH, HOME, PATH_WITH_AGENT, USER, Gone, Isolated
+from tests.support.e2b_server.sandbox import BARE_PATH, HOME, PATH_WITH_AGENT, USER, Gone, Isolated, copy_files
 from tests.support.e2b_server.templates import Template, Templates
 
 ENVD_VERSION = "0.6.1"
@@ -137,7 +136,7 @@ class Cloud:
         sandbox_id = "i" + "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(19))
         folder = self._folder / "sandboxes" / sandbox_id
         if template.folder is not None:
-            await asyncio.to_thread(shutil.copytree, template.folder, folder / "home", symlinks=True)
+            await asyncio.to_thread(copy_files, template.folder, folder / "home")
         inside = Isolated(folder, self._bubblewrap, hidden=self._folder)
         env: dict[str, str] = {
             "PATH": PATH_WITH_AGENT if template.has_agent else BARE_PATH,
