@@ -18,6 +18,7 @@ from cloudagent_mcp.embedded import IDLE_S, only_worker, stop_when_idle
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.run import run_waiting
 from cloudagent_queue.sandboxes import Provider, open_provider, place_of
+from cloudagent_queue.sandboxes.prices import Prices
 from cloudagent_queue.sweep import Kept, sweep_forever
 from cloudagent_queue.worker import Worker
 from cloudagent_storage.errors import CloudAgentError
@@ -71,6 +72,7 @@ def work(
             ring=functools.partial(_ring, app),
             stopping=stopping,
             timers=timers,
+            prices=Prices.read(settings.sandbox_prices),
             running_max=settings.account_running_max,
         )
         count = concurrency or settings.worker_concurrency

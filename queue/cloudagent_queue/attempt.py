@@ -42,12 +42,14 @@ class Attempt(Placement):
     def work(self) -> Ending:
         """Bring an agent to its end: the one that an earlier attempt left running, or a new one."""
         try:
+            self.heed(self.claim.config)
             adopted = self.adopt_sandbox()
             while True:
                 try:
                     if not adopted:
+                        bundle = self.bring_repository()
                         self.create_sandbox()
-                        self.prepare_repository()
+                        self.prepare_repository(bundle)
                         self.set_up()
                         self.start_agent()
                     return self.follow()
@@ -78,13 +80,14 @@ class Attempt(Placement):
                 return full
             return Ending.failed("internal", Internal().message, Internal.remedy)
 
-    def prepare_repository(self) -> None:
-        self.enter(Phase.REPOSITORY)
+    def bring_repository(self) -> bytes | None:
+        """The input bundle, before there is a sandbox: what that is to be stands in the repository."""
         bundle = self.input_bundle()
         if bundle is None and self.spec.repository != "none":
+            self.enter(Phase.REPOSITORY)
             give_up = threading.Event()
             with self.lease.interruptible(give_up.set):
-                bundle, self.base_sha = repository.fetch_remote(
+                fetched = repository.fetch(
                     self.spec.repository,
                     base_ref=self.spec.base_ref,
                     cache_folder=self.worker.cache_folder,
@@ -94,7 +97,17 @@ class Attempt(Placement):
                     account_id=self.claim.account_id,
                     give_up=give_up,
                 )
+            bundle, self.base_sha = fetched.bundle, fetched.base_sha
+            # Before the bundle: whoever finds that takes these for what belongs to it.
+            self.tasks.update(self.task_id, self.claim.attempt, config=fetched.config, manifests=fetched.manifests)
             self.keep({"input": bundle})
+            self.heed(fetched.config)
+        if self.config.named:
+            self.note_once(f"The repository's .cloudagent.toml sets: {self.config.named}.", level=Level.INFO)
+        return bundle
+
+    def prepare_repository(self, bundle: bytes | None) -> None:
+        self.enter(Phase.REPOSITORY)
         self.base_sha = repository.check_out(
             self.box, bundle=bundle, base_sha=self.base_sha, branch=self.claim.task.branch
         )
@@ -108,7 +121,9 @@ class Attempt(Placement):
             return
         self.enter(Phase.SETUP)
         with self.lease.interruptible(self.box.end_processes):
-            done = repository.run_setup(self.box, self.spec.setup, timeout_s=self.timers.setup_s)
+            done = repository.run_setup(
+                self.box, self.spec.setup, timeout_s=self.timers.setup_s, env=self.config.environment
+            )
         self.note(self.redactor.text(done.output) or "The set-up command printed nothing.", kind="tool_result")
         self.stop_if_cancelled()
         if done.exit_code != 0:
@@ -123,7 +138,7 @@ class Attempt(Placement):
         # Before the start, not after it: an attempt that finds this phase never sets the repository up again.
         self.enter(Phase.AGENT)
         self.agent_has_run = self.agent_is_here = True
-        self.agent.start(self.box, env=self.env)
+        self.agent.start(self.box, env=self.agent_env)
 
     def follow(self) -> Ending:
         """Read the agent's log into the store until the agent ends, or has to be ended."""
@@ -295,6 +310,7 @@ class Attempt(Placement):
                     branch=self.claim.task.branch,
                     command=self.spec.verify,
                     timeout_s=self.timers.verify_s,
+                    env=self.config.environment,
                 )
             self.stop_if_cancelled()
         except Ended as ended:

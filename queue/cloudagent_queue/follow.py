@@ -37,6 +37,7 @@ FAILED_BY: dict[str, TaskErrorCode] = {
     "repository_too_large": "repository_unreachable",
     "credentials_in_url": "repository_unreachable",
     "ref_not_found": "repository_unreachable",
+    "invalid_repository_config": "setup_failed",
     "credential_missing": "credential_missing",
     "sandbox_unavailable": "sandbox_unavailable",
 }

@@ -86,6 +86,7 @@ class Placement:
             json.loads(worker.keyring.open(sealed, bound_to=bound_for_git(self.task_id))) if sealed else {}
         )
         self.redactor = Redactor([*self.agent.secrets(self.env), *self.git_tokens.values()])
+        self.heed(None)
         self.provider: Provider | None = None
         """The one that the sandbox is from."""
         self.sandbox: Sandbox | None = None
@@ -108,8 +109,15 @@ class Placement:
         self.phase = claim.task.phase
         self.left: BlobKind = "result" if claim.task.phase is Phase.VERIFY else "checkpoint"
         """What is there of a sandbox's work once it is gone."""
-        self.held_s = 0.0
-        """How long this attempt has held sandboxes that it let go."""
+        self.paid = claim.task.usage
+        """With the sandboxes that were let go, of every attempt."""
+
+    def heed(self, config: bytes | None) -> None:
+        """Run the task as its repository says, which was checked when it was read, by a version that may be another."""
+        self.config = repository.read_config(config)
+        self.spec = self.config.applied_to(self.claim.spec)
+        # The agent's credentials win.
+        self.agent_env = {**self.config.environment, **self.env}
 
     # -- the sandbox -----------------------------------------------------------------------------------------------
 
@@ -145,7 +153,7 @@ class Placement:
                 if self.claim.task.phase is Phase.AGENT and read_result(sandbox) is None and not sandbox.alive():
                     # Only where the last worker died just before the start: a sandbox starts one command in its life.
                     with contextlib.suppress(SandboxError):
-                        self.agent.start(sandbox, env=self.env)
+                        self.agent.start(sandbox, env=self.agent_env)
                 return True
             sandbox.kill()
         else:
@@ -184,7 +192,7 @@ class Placement:
     def let_go(self) -> None:
         """Of a sandbox that is gone; its time has been paid for."""
         self.usage = self.whole_usage(self.usage)
-        self.held_s += self.age_s() - self.sandbox_age_s
+        self.paid = self.usage
         self.sandbox, self.sandbox_since, self.sandbox_age_s = None, None, 0.0
         self.agent_is_here = False
 
@@ -253,8 +261,12 @@ class Placement:
 
     def whole_usage(self, said: Usage) -> Usage:
         """What the agent said that it used, with the time of every sandbox in every attempt that held it."""
-        held_s = self.held_s + self.age_s() - self.sandbox_age_s
-        return said.model_copy(update={"sandbox_seconds": round(self.claim.task.usage.sandbox_seconds + held_s, 3)})
+        paid = {"sandbox_seconds": self.paid.sandbox_seconds, "sandbox_cost_usd": self.paid.sandbox_cost_usd}
+        said = said.model_copy(update=paid)
+        if self.sandbox is None or self.provider is None:
+            return said
+        held_s = self.age_s() - self.sandbox_age_s
+        return self.worker.prices.charged(said, self.provider.name, self.sandbox.resources, held_s)
 
     def age_s(self) -> float:
         """How old the sandbox is."""
@@ -288,11 +300,11 @@ class Placement:
         draft = EventDraft.model_validate({"kind": kind, "message": message, "level": level})
         self.worker.store.events.add(self.task_id, draft, attempt=self.claim.attempt)
 
-    def note_once(self, message: str) -> None:
-        """A warning that would be repeated as long as the task waits."""
+    def note_once(self, message: str, *, level: Level = Level.WARNING) -> None:
+        """What would be repeated as long as the task waits."""
         last = self.worker.store.events.tail(self.claim.account_id, self.task_id, NOTED_ONCE).lines
         if message not in [line.message for line in last]:
-            self.note(message, level=Level.WARNING)
+            self.note(message, level=level)
 
     def keep(self, blobs: Mapping[BlobKind, bytes]) -> None:
         self.blobs.put_all(self.task_id, blobs, attempt=self.claim.attempt)

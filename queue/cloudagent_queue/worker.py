@@ -14,6 +14,7 @@ from pathlib import Path
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.sandboxes import Provider
 from cloudagent_queue.sandboxes.circuit import Circuit
+from cloudagent_queue.sandboxes.prices import Prices
 from cloudagent_storage.secrets import Keyring
 from cloudagent_storage.store import Store
 
@@ -43,6 +44,7 @@ class Worker:
     stopping: threading.Event
     timers: Timers
     circuit: Circuit = field(default_factory=Circuit)
+    prices: Prices = field(default_factory=Prices.read)
     running_max: int | None = None
     """How many tasks one account may have running at once, in the whole installation; None for any number."""
 

@@ -20,7 +20,7 @@ SESSION_MAX = 120_000_000
 
 EARLIER_SESSION = f"{RUN_FOLDER}/earlier_session.json"
 COUNTED = ("input_tokens", "output_tokens", "cost_usd", "turns", "model_ms")
-LEAST_USD = 0.01
+LEAST_USD = 1e-6
 """Claude Code takes no budget of nothing."""
 INSTRUCTIONS = """\
 You work unattended, in a sandbox that is deleted afterwards. Nobody answers questions: decide yourself, and say in \

@@ -15,7 +15,7 @@ from cloudagent_queue.repository.address import check_address, check_ref, is_rem
 from cloudagent_queue.repository.bundles import ChangedFile, Changes, Quarantine, inspect
 from cloudagent_queue.repository.config import RepositoryConfig, read_config
 from cloudagent_queue.repository.manifests import setup_key
-from cloudagent_queue.repository.remote import Fetched, fetch, fetch_remote
+from cloudagent_queue.repository.remote import Fetched, fetch
 from cloudagent_queue.repository.sandbox import check_out, checkpoint, collect, restore, run_setup, verify
 from cloudagent_queue.repository.source import Source, read_source
 from cloudagent_queue.repository.working_tree import LocalRepository, WorkingTree, bundle_working_tree, origin_of
@@ -36,7 +36,6 @@ __all__ = [
     "checkpoint",
     "collect",
     "fetch",
-    "fetch_remote",
     "inspect",
     "is_remote",
     "origin_of",

@@ -117,12 +117,6 @@ def fetch(
         ) from None
 
 
-def fetch_remote(address: str, **options: Any) -> tuple[bytes, str]:
-    """The bundle and the commit alone, for whoever does not heed the repository's settings yet."""
-    fetched = fetch(address, **options)
-    return fetched.bundle, fetched.base_sha
-
-
 class _Cache:
     """A bare repository that holds what was fetched from one address."""
 
