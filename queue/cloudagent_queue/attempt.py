@@ -102,6 +102,7 @@ class Attempt(Placement):
             self.tasks.update(self.task_id, self.claim.attempt, config=fetched.config, manifests=fetched.manifests)
             self.keep({"input": bundle})
             self.heed(fetched.config)
+            self.manifests = fetched.manifests
         if self.config.named:
             self.note_once(f"The repository's .cloudagent.toml sets: {self.config.named}.", level=Level.INFO)
         return bundle
@@ -109,7 +110,7 @@ class Attempt(Placement):
     def prepare_repository(self, bundle: bytes | None) -> None:
         self.enter(Phase.REPOSITORY)
         self.base_sha = repository.check_out(
-            self.box, bundle=bundle, base_sha=self.base_sha, branch=self.claim.task.branch
+            self.box, bundle=bundle, base_sha=self.base_sha, branch=self.claim.task.branch, keep_files=self.is_set_up
         )
         self.tasks.update(self.task_id, self.claim.attempt, base_sha=self.base_sha)
         if (checkpoint := self.kept("checkpoint")) is not None:
@@ -118,6 +119,9 @@ class Attempt(Placement):
 
     def set_up(self) -> None:
         if self.spec.setup is None:
+            return
+        if self.is_set_up:
+            self.note("The set-up was done before: its sandbox was kept.")
             return
         self.enter(Phase.SETUP)
         with self.lease.interruptible(self.box.end_processes):
@@ -129,6 +133,8 @@ class Attempt(Placement):
         if done.exit_code != 0:
             how = "did not end in time" if done.exit_code is None else f"ended with exit code {done.exit_code}"
             self.end("setup_failed", f"The set-up command {how}.", "Its output is in the log; correct `setup`.")
+        if not self.agent_has_run:  # else some of its work would be in it
+            self.keep_set_up()
 
     def start_agent(self) -> None:
         self.stop_if_cancelled()

@@ -14,7 +14,7 @@ from cloudagent_queue.agents import open_agent
 from cloudagent_queue.follow import Ending, LogReader, read_result
 from cloudagent_queue.lease import Lease
 from cloudagent_queue.redact import Redactor
-from cloudagent_queue.sandboxes import Provider, Sandbox
+from cloudagent_queue.sandboxes import Provider, Sandbox, SandboxSpec
 from cloudagent_queue.worker import Worker
 from cloudagent_storage.errors import (
     CloudAgentError,
@@ -26,12 +26,14 @@ from cloudagent_storage.errors import (
     SandboxUnavailable,
     SandboxUnreachable,
     StorageFull,
+    TemplateNotFound,
     UnknownProvider,
 )
 from cloudagent_storage.records import (
     BlobKind,
     Claim,
     EventDraft,
+    KeptTemplate,
     Level,
     Phase,
     Result,
@@ -107,6 +109,9 @@ class Placement:
         """How long agents have run before `follow`."""
         self.losses = claim.sandbox_losses
         self.phase = claim.task.phase
+        self.manifests = claim.manifests
+        self.is_set_up = False
+        """Has the set-up been done in the template that the sandbox was made of?"""
         self.left: BlobKind = "result" if claim.task.phase is Phase.VERIFY else "checkpoint"
         """What is there of a sandbox's work once it is gone."""
         self.paid = claim.task.usage
@@ -226,9 +231,54 @@ class Placement:
         )
         self.log_offset, self.sandbox_age_s = 0, 0.0
         metadata = {"deployment": self.worker.deployment, "task": self.task_id, "nonce": nonce}
-        self.provider = provider
-        self.sandbox, self.sandbox_since = provider.create(metadata=metadata), time.monotonic()
-        self.tasks.update(self.task_id, self.claim.attempt, sandbox_id=self.sandbox.id)
+        self.provider, self.is_set_up = provider, False
+        ready = self.finished_set_up(provider)
+        if ready is not None:
+            try:
+                self.sandbox = provider.create(SandboxSpec(template=ready.template), metadata=metadata)
+                self.is_set_up = True
+            except TemplateNotFound:
+                self.worker.store.templates.forget(ready)
+        if not self.is_set_up:
+            self.sandbox = provider.create(SandboxSpec(template=self.config.template), metadata=metadata)
+        self.sandbox_since = time.monotonic()
+        self.tasks.update(self.task_id, self.claim.attempt, sandbox_id=self.box.id)
+
+    def finished_set_up(self, provider: Provider) -> KeptTemplate | None:
+        """A template with the files of a sandbox in which this very set-up was done before."""
+        if self.spec.setup is None:
+            return None
+        key = self.set_up_key(provider)
+        template = self.worker.store.templates.find(self.claim.account_id, provider.name, key)
+        if template is None:
+            return None
+        return KeptTemplate(account_id=self.claim.account_id, provider=provider.name, key=key, template=template)
+
+    def keep_set_up(self) -> None:
+        """Keep the sandbox as it is for the tasks that have the same set-up, where its provider can."""
+        assert self.provider is not None
+        try:
+            template = self.box.snapshot()
+        except (SandboxGone, SandboxUnreachable):
+            raise
+        except SandboxError as error:
+            log.warning("the set-up of %s was not kept: %s", self.task_id, error)
+            return
+        if template is not None:
+            key = self.set_up_key(self.provider)
+            self.worker.store.templates.keep(self.claim.account_id, self.provider.name, key, template)
+            self.note("Kept the finished set-up for later tasks.", level=Level.DEBUG)
+
+    def set_up_key(self, provider: Provider) -> str:
+        assert self.spec.setup is not None
+        return repository.setup_key(
+            repository=self.spec.repository,
+            provider=provider.name,
+            template=self.config.template,
+            setup=self.spec.setup,
+            environment=self.config.environment,
+            manifests=self.manifests,
+        )
 
     def session_ends(self) -> bool:
         """Will the provider end the sandbox soon?"""

@@ -26,6 +26,7 @@
     + QueueUnavailable, ServerUnreachable, GitMissing, PortTaken
     + SandboxUnavailable        no sandbox can be made at all
       - ProviderBusy            not now: later, or by another provider
+      - TemplateNotFound
   x SandboxError                about one sandbox
     + SandboxGone               it is confirmed dead: make a new one
     + SandboxUnreachable        it may live, and the work is in it: never replace it
@@ -505,6 +506,15 @@ class ProviderBusy(SandboxUnavailable):
         super().__init__(message, remedy=remedy)
         self.retry_after_s = retry_after_s
         """How long the provider asks to be left alone, if it says so."""
+
+
+class TemplateNotFound(SandboxUnavailable):
+    """The sandbox provider has no template of that name."""
+
+    code = "template_not_found"
+    remedy = (
+        "Correct SANDBOX_TEMPLATE, or build one with `ca template build`. It belongs to one account and one region."
+    )
 
 
 class SandboxError(CloudAgentError):

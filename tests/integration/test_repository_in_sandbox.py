@@ -89,6 +89,17 @@ def test_a_second_check_out_starts_afresh(sandbox: Sandbox, given: WorkingTree) 
     assert work(sandbox, "ls") == "a.txt\nb.txt\nsub"
 
 
+def test_a_check_out_over_a_finished_set_up_keeps_what_that_has_made(
+    sandbox: Sandbox, given: WorkingTree, tmp_path: Path
+) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=None, branch=BRANCH)
+    work(sandbox, "mkdir ignored; echo library > ignored/x; echo made > made.txt; echo changed > a.txt")
+    newer = bundle_working_tree(make_repository(tmp_path / "newer", {"d.txt": "d\n", ".gitignore": "ignored\n"}), None)
+    base = check_out(sandbox, bundle=newer.bundle, base_sha=newer.base_sha, branch="task/other", keep_files=True)
+    said = work(sandbox, "git rev-parse HEAD; git branch --show-current; git status --porcelain; ls; cat ignored/x")
+    assert said.splitlines() == [base, "task/other", "?? made.txt", "d.txt", "ignored", "made.txt", "library"]
+
+
 def test_everything_that_was_left_uncommitted_comes_out(sandbox: Sandbox, given: WorkingTree) -> None:
     changes = outcome(
         sandbox,

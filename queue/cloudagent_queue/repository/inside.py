@@ -62,6 +62,12 @@ def names(output: bytes) -> list[str]:
 
 def check_out(request: dict[str, Any]) -> int:
     """The base in a fresh repository, on the task's branch."""
+    if request["keep_files"] and (ROOT / "repository" / ".git").is_dir():
+        for name in names(git("-C", "repository", "ls-files", "-z")):
+            remove(ROOT / "repository" / name)
+        remove(ROOT / "repository" / ".git")
+    else:
+        remove(ROOT / "repository")
     make("repository", request, bundles=["input.bundle"])
     inside = ("-C", "repository")
     for name, value in (("user.name", "cloudagent"), ("user.email", "cloudagent@localhost")):
@@ -84,6 +90,7 @@ def restore(request: dict[str, Any]) -> int:
 
 def clone(request: dict[str, Any]) -> int:
     """The result in a fresh repository that knows nothing of the agent's, and an empty home beside it."""
+    remove(ROOT / "verify")
     make("verify", request, bundles=["verify-input.bundle", *(["verify-result.bundle"] if request["result"] else [])])
     git("-C", "verify", "checkout", "--quiet", "--detach", request["tip"])
     remove(ROOT / "verify-home")
@@ -92,7 +99,6 @@ def clone(request: dict[str, Any]) -> int:
 
 
 def make(folder: str, request: dict[str, Any], *, bundles: list[str]) -> None:
-    remove(ROOT / folder)
     form = f"--object-format={request['object_format']}"
     git("init", "--quiet", form, f"--initial-branch={request['branch']}", folder)
     for bundle in bundles:

@@ -27,18 +27,25 @@ WORK_IN_PROGRESS = "Work in progress"
 """The message of the commit that holds what was not committed at a checkpoint."""
 
 
-def check_out(sandbox: Sandbox, *, bundle: bytes | None, base_sha: str | None, branch: str) -> str:
+def check_out(
+    sandbox: Sandbox, *, bundle: bytes | None, base_sha: str | None, branch: str, keep_files: bool = False
+) -> str:
     """Put a bundle into the sandbox's `repository/`, on `branch`, and tell the commit that it starts from.
 
     Without a bundle the repository is empty; without `base_sha` it starts from the bundle's one ref. What was in that
-    folder is deleted. Raises `SandboxError` for a bundle that git does not accept.
+    folder is deleted; with `keep_files` only what git knew there, so that what a set-up has made stays.
+    Raises `SandboxError` for a bundle that git does not accept.
     """
     if bundle is None:
         bundle, base_sha = empty_repository()
     object_format, base = _start_of(bundle)
     base_sha = base_sha or base
     sandbox.write(f"{RUN_FOLDER}/input.bundle", bundle)
-    _run_inside(sandbox, "check_out", {"base": base_sha, "branch": branch, "object_format": object_format})
+    _run_inside(
+        sandbox,
+        "check_out",
+        {"base": base_sha, "branch": branch, "object_format": object_format, "keep_files": keep_files},
+    )
     return base_sha
 
 
