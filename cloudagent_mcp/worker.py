@@ -69,6 +69,7 @@ def work(
             ring=functools.partial(_ring, app),
             stopping=stopping,
             timers=timers,
+            egress=settings.sandbox_egress,
             running_max=settings.account_running_max,
         )
         count = concurrency or settings.worker_concurrency

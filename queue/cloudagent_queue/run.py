@@ -17,10 +17,11 @@ from typing import NoReturn
 
 from cloudagent_queue import repository
 from cloudagent_queue.agents import REPOSITORY_FOLDER, open_agent
+from cloudagent_queue.allowed_hosts import egress_for
 from cloudagent_queue.follow import Ending, LogReader, read_result
 from cloudagent_queue.lease import Lease, Timers
 from cloudagent_queue.redact import Redactor
-from cloudagent_queue.sandboxes import Provider, Sandbox
+from cloudagent_queue.sandboxes import Provider, Sandbox, SandboxSpec
 from cloudagent_storage.errors import (
     CloudAgentError,
     DatabaseUnavailable,
@@ -76,6 +77,8 @@ class Worker:
     """Tells the queue of a task that another worker should take now."""
     stopping: threading.Event
     timers: Timers
+    egress: str = "registries"
+    """The hosts that sandboxes may reach, as the operator set them; see `allowed_hosts.py`."""
     running_max: int | None = None
     """How many tasks one account may have running at once, in the whole installation; None for any number."""
 
@@ -271,7 +274,8 @@ class Attempt:
         provider = self.provider()
         self.tasks.update(self.task_id, self.claim.attempt, sandbox_nonce=nonce, sandbox_place=provider.place)
         metadata = {"deployment": self.worker.deployment, "task": self.task_id, "nonce": nonce}
-        self.sandbox, self.sandbox_since = provider.create(metadata=metadata), time.monotonic()
+        wanted = SandboxSpec(egress=egress_for(self.worker.egress, self.agent, self.env, self.spec))
+        self.sandbox, self.sandbox_since = provider.create(wanted, metadata=metadata), time.monotonic()
         self.tasks.update(self.task_id, self.claim.attempt, sandbox_id=self.sandbox.id, provider=provider.name)
         self.note(f"Sandbox ready: {provider.name}.")
 

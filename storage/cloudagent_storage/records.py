@@ -158,6 +158,8 @@ class TaskSpec(Record):
     max_budget_usd: float | None = None
     tags: tuple[str, ...] = ()
     priority: Priority = Priority.NORMAL
+    egress: tuple[str, ...] = ()
+    """Hosts that its sandbox may reach beside those that the operator allows."""
 
 
 class Idempotency(Record):
