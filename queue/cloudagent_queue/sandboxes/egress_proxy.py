@@ -46,6 +46,8 @@ HEAD_MAX = 32_768
 """Bytes of a request before its body."""
 HEAD_S = 20.0
 """How long a client may take for that."""
+LINGER_S = 2.0
+"""How long one that was refused may go on sending."""
 CONNECT_S = 15.0
 RESOLVE_S = 20.0
 IDLE_S = 1800.0
@@ -223,7 +225,7 @@ class Proxy:
         except Refused as refused:
             if target is None:
                 with contextlib.suppress(OSError, TimeoutError):
-                    await _refuse(client[1], refused)
+                    await _refuse(client, refused)
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             pass  # one side is gone
         finally:
@@ -381,12 +383,16 @@ async def _join(one: Connection, other: Connection) -> None:
         other[1].close()
 
 
-async def _refuse(writer: asyncio.StreamWriter, refused: Refused) -> None:
+async def _refuse(client: Connection, refused: Refused) -> None:
+    reader, writer = client
     body = f"{refused.reason}.\n".encode()
     head = f"HTTP/1.1 {refused.status} {refused.reason}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
-    async with asyncio.timeout(HEAD_S):
-        await writer.drain()
+    writer.write_eof()
+    async with asyncio.timeout(LINGER_S):
+        # A connection that is closed with something unread is reset, and the answer may be lost with it.
+        while refused.status != 503 and await reader.read(_CHUNK):
+            pass
 
 
 async def _receive(conversation: socket.socket) -> tuple[bytes, list[int]]:

@@ -129,7 +129,7 @@ class Network:
             with open(self._folder / BLOCKED, encoding="ascii", errors="replace") as file:
                 return file.read(_BLOCKED_BYTES).splitlines()
         except FileNotFoundError:
-            return ()
+            return []
 
     def end(self) -> None:
         """End the proxy. Raises `SandboxUnreachable`."""
