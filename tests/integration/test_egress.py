@@ -224,7 +224,7 @@ def test_a_request_goes_to_the_host_that_was_checked_whatever_its_fields_say(
     (answer,) = inside(sandbox, ASK, [request])
     assert host.seen == [f"/?q=1 {place}"]
     assert "X-Kept: yes" in answer and "Connection: close" in answer
-    assert "X-Hop" not in answer and "Proxy-Authorization" not in answer
+    assert not any(left in answer for left in ("inner.test", "X-Hop", "Proxy-Authorization"))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_listed_hosts_are_reached_through_the_users_own_proxy_whose_password_sta
     sandbox = make(provider, "far.test", names={})
     with users_proxy(host.port) as (port, heads):
         proxy = f"http://user:s3cret-4f1@127.0.0.1:{port}"
-        env = {"HTTPS_PROXY": proxy, "http_proxy": proxy, "SCRIPT": "kept"}
+        env = {"HTTPS_PROXY": proxy, "http_proxy": proxy, "Https_Proxy": proxy, "SCRIPT": "kept"}
         script = ASK + "\nprint(json.dumps(dict(os.environ)), file=open('seen', 'w'))"
         requests = [*both_ways("far.test:443")[:1], *both_ways("far.test:80")[1:], *both_ways("unlisted.test:443")]
         answers = inside(sandbox, script, requests, env=env)
