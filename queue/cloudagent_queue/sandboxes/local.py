@@ -3,7 +3,7 @@
 A sandbox is a folder of the host's:
 
     <id>/meta.json       metadata; a folder of this name always has one
-    <id>/started.jsonl   the record of the started command (see processes.py), run_*.jsonl those of `run`
+    <id>/started.jsonl   the record of the started command (see processes.py), run_*.jsonl those of `run`; *.lock
     <id>/output.log      what the started command printed
     <id>/root/           all that the processes inside can write to
     <id>/egress…         where there is a list of hosts that may be reached (see network.py)
@@ -153,7 +153,7 @@ class LocalSandbox(ABC):
                 child.kill()  # where somebody killed the sandbox meanwhile, its record is gone
                 exit_code = child.wait()
                 ended = run.read()
-                run.path.unlink(missing_ok=True)
+                run.remove()
             output.drain()
         if not in_time:
             return CommandResult(exit_code=None, output=output.text())
@@ -213,7 +213,7 @@ class LocalSandbox(ABC):
     def _launch(
         self,
         command: Sequence[str],
-        record: int,
+        record: processes.OpenRecord,
         *,
         env: Mapping[str, str],
         cwd: str,
@@ -309,7 +309,7 @@ class BubblewrapSandbox(LocalSandbox):
     def _launch(
         self,
         command: Sequence[str],
-        record: int,
+        record: processes.OpenRecord,
         *,
         env: Mapping[str, str],
         cwd: str,
@@ -323,7 +323,6 @@ class BubblewrapSandbox(LocalSandbox):
         user = "root" if uid == 0 else "agent"
         passwd = f"{user}:x:{uid}:{gid}::{self._path_inside('home')}:/bin/sh\n"
         with (
-            _another(record) as lock,
             _in_memory(passwd) as users,
             _in_memory(f"{user}:x:{gid}:\n") as groups,
             _in_memory(socket_filter() or b"") as sockets,
@@ -333,8 +332,8 @@ class BubblewrapSandbox(LocalSandbox):
                 *["--ro-bind-data", str(users), "/etc/passwd", "--ro-bind-data", str(groups), "/etc/group"],
                 *["--bind", str(self._files), INSIDE_ROOT],
                 *["--chdir", self._path_inside(cwd)],
-                # bubblewrap's outer process keeps the record open, the first one inside the lock.
-                *["--json-status-fd", str(record), "--sync-fd", str(lock)],
+                # bubblewrap's outer process writes the record; it, and the first one inside, keep the lock.
+                *["--json-status-fd", str(record.file), "--sync-fd", str(record.lock)],
                 *([] if run_id is None else ["--die-with-parent"]),
                 *([] if way_out is None else own_network(sockets)),
             ]
@@ -349,7 +348,7 @@ class BubblewrapSandbox(LocalSandbox):
                     env={processes.MARKER: self.id, "LANG": "C.UTF-8"},
                     output=output,
                     keep_open=(
-                        *(file, record, lock, users, groups),
+                        *(file, record.file, record.lock, users, groups),
                         *(() if way_out is None else (sockets, way_out.control)),
                     ),
                 )
@@ -375,7 +374,7 @@ class UnsafeProcessSandbox(LocalSandbox):
     def _launch(
         self,
         command: Sequence[str],
-        record: int,
+        record: processes.OpenRecord,
         *,
         env: Mapping[str, str],
         cwd: str,
@@ -524,15 +523,6 @@ def _remove_abandoned(folder: Path) -> None:
         with suppress(OSError):
             if time.time() - folder.lstat().st_ctime > _ABANDONED_AFTER_S:
                 safe_files.remove_tree(folder)
-
-
-@contextmanager
-def _another(file: int) -> Generator[int]:
-    copy = os.dup(file)
-    try:
-        yield copy
-    finally:
-        os.close(copy)
 
 
 @contextmanager

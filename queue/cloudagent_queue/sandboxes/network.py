@@ -134,8 +134,9 @@ class Network:
     def end(self) -> None:
         """End the proxy. Raises `SandboxUnreachable`."""
         for path in self._folder.glob("egress_*.record"):
-            processes.Record(path, marker=self._marker).kill()
-            path.unlink(missing_ok=True)
+            record = processes.Record(path, marker=self._marker)
+            record.kill()
+            record.remove()
 
     def _dial_or_start(self) -> socket.socket:
         if (control := self._dial()) is not None:
@@ -176,13 +177,13 @@ class Network:
             listener.listen(128)
             load = f"import sys; sys.path += sys.argv[1:-1]; {PROGRAM}"
             sources = [str(source) for source in _SOURCES]
-            with record.new() as file, open(self._folder / "egress.log", "ab") as log:
+            with record.new() as opened, open(self._folder / "egress.log", "ab") as log:
                 child = processes.launch(
                     [sys.executable, "-I", "-S", "-c", load, *sources, str(listener.fileno())],
                     env={processes.MARKER: self._marker, "LANG": "C.UTF-8"},
                     output=log,
                     cwd=self._folder,
-                    write_pid_to=file,
+                    write_pid_to=opened,
                     keep_open=[listener.fileno()],
                 )
         processes.let_run(child)
