@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from tests.support.closed import (
     proxy_of,
     statuses,
 )
+from tests.support.stored import at_once
 from tests.support.worlds import until
 
 
@@ -178,18 +178,19 @@ def test_what_one_command_was_given_ends_with_it(provider: LocalProvider, host: 
     until(lambda: proxy.num_fds() < 16, "the sockets of ended namespaces are closed")
 
 
-def test_many_commands_at_once_start_one_proxy(provider: LocalProvider) -> None:
-    sandbox = make(provider)
-    codes: list[int | None] = []
-    threads = [
-        threading.Thread(target=lambda: codes.append(sandbox.run(["true"], timeout_s=60).exit_code)) for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert codes == [0] * 8
-    assert not has_ended(proxy_of(provider, sandbox))
+def test_many_commands_at_once_start_one_proxy(provider: LocalProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[network.Network] = []
+    start: Callable[[network.Network], None] = vars(network.Network)["_start"]
+
+    def counting(self: network.Network) -> None:
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(network.Network, "_start", counting)
+    for number in range(1, 4):
+        sandbox = make(provider)
+        assert at_once(*[lambda: sandbox.run(["true"], timeout_s=60).exit_code] * 8) == [0] * 8  # noqa: B023
+        assert len(started) == number
 
 
 # Where it cannot be had
