@@ -61,7 +61,12 @@ for host, port in json.loads(sys.argv[2]):
     bound.append((host, port))
     listeners.append(listener)
 socket.send_fds(control, [json.dumps(bound).encode()], [listener.fileno() for listener in listeners])
-if control.recv(16) != b"ok":
+control.settimeout(60)
+try:
+    ready = control.recv(16) == b"ok"
+except OSError:
+    ready = False
+if not ready:
     print("The proxy of the sandbox does not answer.", flush=True)
     os._exit(NO_WAY_OUT)
 control.close()
