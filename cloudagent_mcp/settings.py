@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from cloudagent_storage.errors import InvalidInput
 
@@ -32,6 +32,10 @@ class Settings(BaseModel):
     sandbox_provider: str = "local"
     sandbox_prices: Path | None = None
     """A file with prices of sandboxes, in place of list prices; `sandboxes/prices.toml` tells its form."""
+    sandbox_egress: str = "registries"
+    """The hosts that sandboxes may reach beside those of the model and the repository; `open` for any."""
+    sandbox_egress_tasks: Literal["none", "user", "any"] = "user"
+    """Whose tasks may ask for more of them: nobody's, those of this machine's user, or everybody's."""
     admin_api_key: SecretStr | None = None
     encryption_key: SecretStr | None = None
     """Seals credentials at rest; separated by commas, newest first. A key file in the data folder where it is unset."""
@@ -54,6 +58,17 @@ class Settings(BaseModel):
 
     environment: Mapping[str, str] = Field(default_factory=dict, repr=False, exclude=True)
     """All of it, for the variables that an agent or git may see. Nobody else looks at it."""
+
+    @field_validator("sandbox_egress")
+    @classmethod
+    def _can_be_kept(cls, value: str) -> str:
+        from cloudagent_queue.allowed_hosts import check_setting
+
+        try:
+            check_setting(value)
+        except InvalidInput as error:
+            raise ValueError(error.message) from None
+        return value
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Settings:

@@ -73,6 +73,8 @@ def work(
             stopping=stopping,
             timers=timers,
             prices=Prices.read(settings.sandbox_prices),
+            egress=settings.sandbox_egress,
+            egress_of_tasks=settings.sandbox_egress_tasks,
             running_max=settings.account_running_max,
         )
         count = concurrency or settings.worker_concurrency

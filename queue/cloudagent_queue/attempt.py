@@ -15,6 +15,7 @@ from cloudagent_storage.errors import (
     Internal,
     LeaseLost,
     ProviderBusy,
+    SandboxError,
     SandboxGone,
     SandboxUnreachable,
     StorageFull,
@@ -350,7 +351,9 @@ class Attempt(Placement):
             self.claim.attempt,
             status=ending.status,
             verdict=self.verdict if ending.status is TaskStatus.COMPLETED else None,
-            result=self.result.model_copy(update={"summary": summary}) if self.agent_has_run else None,
+            result=self.result.model_copy(update={"summary": summary, "blocked_hosts": self.blocked_hosts()})
+            if self.agent_has_run
+            else None,
             error=error,
             usage=self.whole_usage(ending.usage or self.usage),
             events=[
@@ -359,6 +362,18 @@ class Attempt(Placement):
                 )
             ],
         )
+
+    def blocked_hosts(self) -> tuple[str, ...]:
+        """What the sandbox's processes wanted to reach and may not."""
+        if self.sandbox is None:
+            return ()
+        try:
+            hosts = tuple(self.redactor.text(host) for host in self.sandbox.blocked())
+        except SandboxError:
+            return ()  # it has ended by now
+        if hosts:
+            self.note(f"Hosts that it may not reach: {', '.join(hosts)}.", level=Level.WARNING)
+        return hosts
 
     def discard_sandbox(self) -> None:
         """After the finish: a worker that dies here leaves an orphan, which the sweeper finds."""

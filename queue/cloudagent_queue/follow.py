@@ -38,6 +38,7 @@ FAILED_BY: dict[str, TaskErrorCode] = {
     "credentials_in_url": "repository_unreachable",
     "ref_not_found": "repository_unreachable",
     "invalid_repository_config": "setup_failed",
+    "invalid_egress": "sandbox_unavailable",
     "credential_missing": "credential_missing",
     "sandbox_unavailable": "sandbox_unavailable",
 }

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from cloudagent_queue import repository
 from cloudagent_queue.agents import open_agent
+from cloudagent_queue.allowed_hosts import check_asked, egress_for
 from cloudagent_queue.follow import Ending, LogReader, read_result
 from cloudagent_queue.lease import Lease
 from cloudagent_queue.redact import Redactor
@@ -19,6 +20,7 @@ from cloudagent_queue.worker import Worker
 from cloudagent_storage.errors import (
     CloudAgentError,
     DatabaseUnavailable,
+    InvalidInput,
     LeaseLost,
     ProviderBusy,
     SandboxError,
@@ -235,14 +237,23 @@ class Placement:
         ready = self.finished_set_up(provider)
         if ready is not None:
             try:
-                self.sandbox = provider.create(SandboxSpec(template=ready.template), metadata=metadata)
+                self.sandbox = provider.create(self.sandbox_spec(ready.template), metadata=metadata)
                 self.is_set_up = True
             except TemplateNotFound:
                 self.worker.store.templates.forget(ready)
         if not self.is_set_up:
-            self.sandbox = provider.create(SandboxSpec(template=self.config.template), metadata=metadata)
+            self.sandbox = provider.create(self.sandbox_spec(self.config.template), metadata=metadata)
         self.sandbox_since = time.monotonic()
         self.tasks.update(self.task_id, self.claim.attempt, sandbox_id=self.box.id)
+
+    def sandbox_spec(self, template: str | None) -> SandboxSpec:
+        wanted = self.spec.egress
+        try:
+            wanted += check_asked(self.config.egress or (), self.worker.egress_of_tasks, own_user=False)
+        except InvalidInput as error:
+            self.note_once(f"The hosts that .cloudagent.toml asks for stay closed: {error.message}")
+        spec = self.spec.model_copy(update={"egress": wanted})
+        return SandboxSpec(template=template, egress=egress_for(self.worker.egress, self.agent, self.env, spec))
 
     def finished_set_up(self, provider: Provider) -> KeptTemplate | None:
         """A template with the files of a sandbox in which this very set-up was done before."""

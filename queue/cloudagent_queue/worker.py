@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cloudagent_queue.allowed_hosts import WhoMayAsk
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.sandboxes import Provider
 from cloudagent_queue.sandboxes.circuit import Circuit
@@ -43,6 +44,9 @@ class Worker:
     """Tells the queue of a task that another worker should take now."""
     stopping: threading.Event
     timers: Timers
+    egress: str = "registries"
+    """The hosts that sandboxes may reach, as the operator set them; see `allowed_hosts.py`."""
+    egress_of_tasks: WhoMayAsk = "none"
     circuit: Circuit = field(default_factory=Circuit)
     prices: Prices = field(default_factory=Prices.read)
     running_max: int | None = None

@@ -6,6 +6,7 @@
     + InvalidCharacter, InvalidUnicode, InvalidCursor, InvalidJson
     + PromptEmpty, PromptTooLong
     + UnknownProvider, IdempotencyMismatch
+    + InvalidEgress, EgressNotAllowed
     + schedule
       - InvalidCron, NeverFires, TooFrequent, UnknownTimezone
     + repository
@@ -152,6 +153,22 @@ class IdempotencyMismatch(InvalidInput):
     code = "idempotency_mismatch"
     remedy = "Use a fresh key for a new task, or repeat the first call's arguments exactly."
     field = "idempotency_key"
+
+
+class InvalidEgress(InvalidInput):
+    """That is no host that can be listed."""
+
+    code = "invalid_egress"
+    remedy = "Write host, host:port or *.domain, such as `api.example.com`, without a scheme or a path."
+    field = "egress"
+
+
+class EgressNotAllowed(InvalidInput):
+    """A task may not ask for hosts here."""
+
+    code = "egress_not_allowed"
+    remedy = "Leave `egress` out, or have the operator list the hosts in SANDBOX_EGRESS or set SANDBOX_EGRESS_TASKS."
+    field = "egress"
 
 
 class InvalidCron(InvalidInput):

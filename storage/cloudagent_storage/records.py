@@ -163,6 +163,8 @@ class TaskSpec(Record):
     max_budget_usd: float | None = None
     tags: tuple[str, ...] = ()
     priority: Priority = Priority.NORMAL
+    egress: tuple[str, ...] = ()
+    """Hosts that its sandbox may reach beside those that the operator allows."""
 
 
 class Idempotency(Record):
@@ -201,6 +203,8 @@ class Result(Record):
     """The agent's last words. Untrusted text."""
     artifacts: Artifacts | None = None
     verify: VerifyResult | None = None
+    blocked_hosts: tuple[str, ...] = ()
+    """What its processes wanted to reach and may not, where that can be told. Untrusted text."""
 
 
 class Usage(Record):

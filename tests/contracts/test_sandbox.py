@@ -8,15 +8,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cloudagent_queue.sandboxes import Provider, Sandbox
-from cloudagent_queue.sandboxes.local import LocalProvider, UnsafeProcessProvider
+from cloudagent_queue.sandboxes import PLAIN, Provider, Sandbox, SandboxSpec
+from cloudagent_queue.sandboxes.local import LocalProvider, LocalSandbox, UnsafeProcessProvider
 from cloudagent_storage.errors import SandboxError, SandboxGone
 
-PROVIDERS: Mapping[str, Callable[[Path], Provider]] = {"local": LocalProvider, "unsafe-process": UnsafeProcessProvider}
+
+class Closed(LocalProvider):
+    """`local`, with a network of its own for each sandbox: everything else is as it was."""
+
+    def create(self, spec: SandboxSpec = PLAIN, *, metadata: Mapping[str, str]) -> LocalSandbox:
+        return super().create(replace(spec, egress=["example.com"]), metadata=metadata)
+
+
+PROVIDERS: Mapping[str, Callable[[Path], Provider]] = {
+    "local": LocalProvider,
+    "local, closed": Closed,
+    "unsafe-process": UnsafeProcessProvider,
+}
 
 AWKWARD = 'it\'s "quoted" $(id) `id` \\ \n second line\ttab · 漢字 🦀 '
 

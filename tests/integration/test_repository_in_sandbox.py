@@ -94,7 +94,9 @@ def test_a_check_out_over_a_finished_set_up_keeps_what_that_has_made(
 ) -> None:
     check_out(sandbox, bundle=given.bundle, base_sha=None, branch=BRANCH)
     work(sandbox, "mkdir ignored; echo library > ignored/x; echo made > made.txt; echo changed > a.txt")
-    newer = bundle_working_tree(make_repository(tmp_path / "newer", {"d.txt": "d\n", ".gitignore": "ignored\n"}), None)
+    newer = bundle_working_tree(
+        make_repository(tmp_path / "newer", {"d.txt": "d\n", ".gitignore": "ignored\n"}), base_ref=None
+    )
     base = check_out(sandbox, bundle=newer.bundle, base_sha=newer.base_sha, branch="task/other", keep_files=True)
     said = work(sandbox, "git rev-parse HEAD; git branch --show-current; git status --porcelain; ls; cat ignored/x")
     assert said.splitlines() == [base, "task/other", "?? made.txt", "d.txt", "ignored", "made.txt", "library"]

@@ -25,6 +25,9 @@ class StandIn:
 
     def check_credential(self, env: Mapping[str, str]) -> None: ...
 
+    def hosts(self, env: Mapping[str, str]) -> Sequence[str]:
+        return ()
+
     def secrets(self, env: Mapping[str, str]) -> Sequence[str]:
         return ()
 

@@ -37,6 +37,10 @@ class Agent(Protocol):
         """The values in `env` that must never be seen in a log."""
         ...
 
+    def hosts(self, env: Mapping[str, str]) -> Sequence[str]:
+        """Where its model is, as entries of an allow-list: the hosts without which it cannot work."""
+        ...
+
     def install(
         self,
         sandbox: Sandbox,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from cloudagent_queue.agents import REPOSITORY_FOLDER, RESULT, RUN_FOLDER, UNUSED
 from cloudagent_queue.sandboxes import Sandbox
@@ -45,6 +46,14 @@ CREDENTIALS = (
     "CLAUDE_CODE_USE_FOUNDRY",
 )
 """One of them is enough. The last three say that a cloud's own variables, which differ by set-up, do it."""
+
+ENDPOINTS = (
+    "ANTHROPIC_BASE_URL",
+    "ANTHROPIC_BEDROCK_BASE_URL",
+    "ANTHROPIC_VERTEX_BASE_URL",
+    "ANTHROPIC_FOUNDRY_BASE_URL",
+)
+"""The variables that name another place for the model."""
 
 ENVIRONMENT = (
     *CREDENTIALS,
@@ -101,7 +110,7 @@ class Claude:
 
     def check_credential(self, env: Mapping[str, str]) -> None:
         """Raises `CredentialMissing` when nothing in `env` lets Claude Code reach a model. Asks no one."""
-        if not any(env.get(name, "").strip() not in ("", "0", "false") for name in CREDENTIALS):
+        if not any(_is_on(env, name) for name in CREDENTIALS):
             raise CredentialMissing
 
     def with_key(self, env: Mapping[str, str], key: str) -> dict[str, str]:
@@ -123,6 +132,27 @@ class Claude:
             if name.lower().endswith("_proxy") and (login := re.search(r"//([^/@]*)@", value)):
                 found |= {login[1], login[1].partition(":")[2]}
         return sorted(value for value in found if len(value) >= _SHORTEST_SECRET)
+
+    def hosts(self, env: Mapping[str, str]) -> Sequence[str]:
+        """The host of the endpoint that `env` names, or those of the cloud or of Anthropic's API."""
+        if named := [env[name] for name in ENDPOINTS if env.get(name)]:
+            return [_entry(address) for address in named]
+        if _is_on(env, "CLAUDE_CODE_USE_BEDROCK"):
+            regions = {env.get("AWS_REGION") or "us-east-1", env.get("ANTHROPIC_SMALL_FAST_MODEL_AWS_REGION", "")} - {
+                ""
+            }
+            return [
+                f"{name}.{at}.amazonaws.com" for at in sorted(regions) for name in ("bedrock", "bedrock-runtime", "sts")
+            ]
+        if _is_on(env, "CLAUDE_CODE_USE_VERTEX"):
+            region = env.get("CLOUD_ML_REGION", "global")
+            place = "" if region == "global" else f"{region}-"
+            return [f"{place}aiplatform.googleapis.com", "oauth2.googleapis.com", "sts.googleapis.com"]
+        if _is_on(env, "CLAUDE_CODE_USE_FOUNDRY"):
+            resource = env.get("ANTHROPIC_FOUNDRY_RESOURCE", "")
+            own = [f"{resource}.services.ai.azure.com"] if resource else []
+            return [*own, "login.microsoftonline.com"]
+        return ["api.anthropic.com"]
 
     def install(
         self,
@@ -179,6 +209,20 @@ class Claude:
         except (ValueError, RecursionError):
             return None
         return data if _is_session(found) else None
+
+
+def _is_on(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "").strip() not in ("", "0", "false")
+
+
+def _entry(address: str) -> str:
+    """The entry of an allow-list for the host of a URL."""
+    try:
+        url = urlsplit(address.strip())
+        host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    except ValueError:
+        host, port = "", 0
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_session(found: Any) -> bool:

@@ -6,6 +6,7 @@ then harms only its own sandbox; but what an honest agent has done must come out
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -65,6 +66,9 @@ def check_out(request: dict[str, Any]) -> int:
     if request["keep_files"] and (ROOT / "repository" / ".git").is_dir():
         for name in names(git("-C", "repository", "ls-files", "-z")):
             remove(ROOT / "repository" / name)
+            for folder in Path(name).parents[:-1]:
+                with contextlib.suppress(OSError):  # something else is in it
+                    (ROOT / "repository" / folder).rmdir()
         remove(ROOT / "repository" / ".git")
     else:
         remove(ROOT / "repository")

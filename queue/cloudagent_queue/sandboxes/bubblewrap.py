@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
+import platform
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -40,6 +44,13 @@ _PREFIX_PARTS = ("bin", "include", "lib", "lib64", "pyvenv.cfg", "share", "ssl")
 _KERNEL_FILES = ("acpi", "asound", "fs", "mtrr", "pressure", "scsi", "sys")
 _AGENT_LIBRARY = "claude_agent_sdk"
 
+# The kernel's names for a processor (linux/audit.h), and its number of the call socket().
+_PROCESSORS = {"x86_64": (0xC000_003E, 41), "aarch64": (0xC000_00B7, 198), "riscv64": (0xC000_00F3, 198)}
+_IO_URING_SETUP = 425
+_NETWORK = ("--unshare-net",)
+_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, 16)
+"""Those that a network namespace or the file system confines; 16 is netlink, which tells of interfaces."""
+
 
 @dataclass(frozen=True)
 class Bubblewrap:
@@ -48,12 +59,15 @@ class Bubblewrap:
     path: str
     description: str
     """Its version and where it is from, such as `bubblewrap 0.11.0 (bundled)`."""
+    own_network: bool
+    """Can it give a sandbox a network of its own? Some kernels and containers allow everything but that."""
 
 
 def find_bubblewrap(candidates: Sequence[tuple[str, str]] | None = None) -> Bubblewrap:
     """The first of some (path, origin) that really makes a sandbox; by default the system's, then the bundled one.
 
-    The system's comes first because some distributions allow user namespaces to that path only.
+    One that can give it a network of its own is preferred. The system's comes first because some distributions allow
+    user namespaces to that path only.
     Raises `SandboxUnavailable`.
     """
     if sys.platform != "linux":
@@ -61,13 +75,23 @@ def find_bubblewrap(candidates: Sequence[tuple[str, str]] | None = None) -> Bubb
             "There is no local sandbox for this operating system yet.",
             remedy="Run cloudagent on Linux, for example in a virtual machine, or use a remote sandbox provider.",
         )
+    second_best: Bubblewrap | None = None
     for path, origin in _candidates() if candidates is None else candidates:
         try:
-            if _answer([path, *isolation(), "--", "true"]) is not None:
-                return Bubblewrap(path, f"{_answer([path, '--version']) or 'bubblewrap'} ({origin})")
+            if _answer([path, *isolation(), "--", "true"]) is None:
+                continue
+            own_network = (
+                socket_filter() is not None and _answer([path, *isolation(), *_NETWORK, "--", "true"]) is not None
+            )
+            found = Bubblewrap(path, f"{_answer([path, '--version']) or 'bubblewrap'} ({origin})", own_network)
         except (OSError, subprocess.TimeoutExpired):
             continue
-    raise SandboxUnavailable
+        if own_network:
+            return found
+        second_best = second_best or found
+    if second_best is None:
+        raise SandboxUnavailable
+    return second_best
 
 
 def isolation(hidden: Path | None = None) -> list[str]:
@@ -101,6 +125,40 @@ def isolation(hidden: Path | None = None) -> list[str]:
     if hidden is not None and _is_below(str(hidden), shown):
         arguments += ["--tmpfs", str(hidden)]
     return arguments
+
+
+def own_network(filter_file: int) -> list[str]:
+    """The arguments that add a network of its own; `filter_file` holds a `socket_filter`."""
+    return [*_NETWORK, "--seccomp", str(filter_file)]
+
+
+def socket_filter() -> bytes | None:
+    """A seccomp program that refuses sockets which a network namespace does not confine; None for an unknown processor.
+
+    AF_VSOCK, for one, leads from any namespace to the host of a virtual machine. See seccomp(2) and linux/filter.h.
+    """
+    if (known := _PROCESSORS.get(platform.machine())) is None:
+        return None
+    processor, socket_call = known
+    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # of a word of the call; jumps; return
+    allow, error = 0x7FFF_0000, 0x0005_0000
+    families = [(equal, len(_FAMILIES) - number + 1, 0, family) for number, family in enumerate(_FAMILIES)]
+    # Each is (operation, how far to jump if so, if not, operand).
+    program = [
+        (load, 0, 0, 4),
+        # Programs for other processors, 32-bit ones among them, make sockets in ways of their own: they do not run.
+        (equal, 0, len(families) + 6, processor),
+        (load, 0, 0, 0),
+        (at_least, len(families) + 4, 0, 0x4000_0000),  # the calls of x32 have this bit in their numbers
+        (equal, len(families) + 3, 0, _IO_URING_SETUP),  # makes sockets without a call that could be looked at
+        (equal, 0, len(families) + 3, socket_call),
+        (load, 0, 0, 16),
+        *families,
+        (answer, 0, 0, error | errno.EAFNOSUPPORT),
+        (answer, 0, 0, error | errno.ENOSYS),
+        (answer, 0, 0, allow),
+    ]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
 def library_path() -> str | None:

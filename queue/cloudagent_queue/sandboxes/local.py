@@ -3,11 +3,13 @@
 A sandbox is a folder of the host's:
 
     <id>/meta.json       metadata; a folder of this name always has one
-    <id>/started.jsonl   the record of the started command (see processes.py), run_*.jsonl those of `run`
+    <id>/started.jsonl   the record of the started command (see processes.py), run_*.jsonl those of `run`; *.lock
     <id>/output.log      what the started command printed
     <id>/root/           all that the processes inside can write to
+    <id>/egress…         where there is a list of hosts that may be reached (see network.py)
 
-Isolation is that of Linux namespaces: the kernel, and for now the network, are shared with the host.
+Isolation is that of Linux namespaces: the kernel is shared with the host, and so is the network where no such list is
+asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -36,7 +38,16 @@ from cloudagent_queue.sandboxes import (
     processes,
     safe_files,
 )
-from cloudagent_queue.sandboxes.bubblewrap import Bubblewrap, find_bubblewrap, isolation, library_path
+from cloudagent_queue.sandboxes.bubblewrap import (
+    Bubblewrap,
+    find_bubblewrap,
+    isolation,
+    library_path,
+    own_network,
+    socket_filter,
+)
+from cloudagent_queue.sandboxes.egress import parse_rule
+from cloudagent_queue.sandboxes.network import Network, WayOut
 from cloudagent_storage.errors import SandboxError, SandboxGone, SandboxUnavailable, SandboxUnreachable
 from cloudagent_storage.records import new_id
 
@@ -71,9 +82,14 @@ class LocalSandbox(ABC):
         self._check_exists()
         home = self._path_inside(safe_files.check_folder(self._files, "home", create=True))
         try:
-            with self._started.new() as record, open(self._folder / "output.log", "ab") as output:
+            environment = self._environment(env, home=home)
+            with (
+                self._started.new() as record,
+                open(self._folder / "output.log", "ab") as output,
+                self._way_out(environment, lasting=True) as way_out,
+            ):
                 child = self._launch(
-                    command, record, env=self._environment(env, home=home), cwd="", output=output, run_id=None
+                    command, record, env=environment, cwd="", output=output, run_id=None, way_out=way_out
                 )
         except FileExistsError:
             raise SandboxError("The sandbox has run its command already.") from None
@@ -109,14 +125,24 @@ class LocalSandbox(ABC):
         run_id = secrets.token_hex(8)
         environment = self._environment(env or {}, home=home)
         run = processes.Record(self._folder / f"run_{run_id}.jsonl", marker=self.id)
-        try:
-            with run.new() as record:
-                child = self._launch(command, record, env=environment, cwd=cwd, output=subprocess.PIPE, run_id=run_id)
-        except OSError as error:
-            self._check_exists()
-            raise SandboxUnreachable("The host could not start a process in the sandbox.") from error
-        assert child.stdout is not None
-        with child.stdout:
+        with ExitStack() as until_the_end:
+            try:
+                with run.new() as record:
+                    way_out = until_the_end.enter_context(self._way_out(environment, lasting=False))
+                    child = self._launch(
+                        command,
+                        record,
+                        env=environment,
+                        cwd=cwd,
+                        output=subprocess.PIPE,
+                        run_id=run_id,
+                        way_out=way_out,
+                    )
+            except OSError as error:
+                self._check_exists()
+                raise SandboxUnreachable("The host could not start a process in the sandbox.") from error
+            assert child.stdout is not None
+            until_the_end.enter_context(child.stdout)
             output = processes.BoundedOutput(child.stdout)
             try:
                 run.settle(child)
@@ -127,7 +153,7 @@ class LocalSandbox(ABC):
                 child.kill()  # where somebody killed the sandbox meanwhile, its record is gone
                 exit_code = child.wait()
                 ended = run.read()
-                run.path.unlink(missing_ok=True)
+                run.remove()
             output.drain()
         if not in_time:
             return CommandResult(exit_code=None, output=output.text())
@@ -172,6 +198,7 @@ class LocalSandbox(ABC):
 
     def kill(self) -> None:
         self._end_all()
+        self._end_proxy()
         gone = self._folder.with_name(f".gone_{self.id}")
         with suppress(FileNotFoundError):
             self._folder.rename(gone)
@@ -186,14 +213,20 @@ class LocalSandbox(ABC):
     def _launch(
         self,
         command: Sequence[str],
-        record: int,
+        record: processes.OpenRecord,
         *,
         env: Mapping[str, str],
         cwd: str,
         output: int | IO[bytes],
         run_id: str | None,
+        way_out: WayOut | None,
     ) -> subprocess.Popen[bytes]:
         """Start a process in the sandbox; without a `run_id` it outlives us."""
+
+    @contextmanager
+    def _way_out(self, env: Mapping[str, str], *, lasting: bool) -> Generator[WayOut | None]:
+        """What a command needs for a network of its own; None where it shares the host's."""
+        yield None
 
     def _began(self, ended: Mapping[str, Any]) -> bool:
         """Did the command of a record get as far as running?"""
@@ -205,6 +238,10 @@ class LocalSandbox(ABC):
     def _end_all(self) -> None:
         for path in self._folder.glob("*.jsonl"):
             processes.Record(path, marker=self.id).kill()
+
+    def _end_proxy(self) -> None:
+        """End what lives outside for this sandbox alone."""
+        return
 
     def _environment(self, env: Mapping[str, str], *, home: str) -> dict[str, str]:
         whole = {
@@ -229,12 +266,24 @@ class LocalSandbox(ABC):
 
 
 class BubblewrapSandbox(LocalSandbox):
-    """Own user, pid, ipc and uts namespaces, and of the host's files only what is named here, read-only."""
+    """Own user, pid, ipc and uts namespaces, and of the host's files only what is named here, read-only.
 
-    def __init__(self, folder: Path, bubblewrap: Callable[[], Bubblewrap]) -> None:
+    With a list of hosts, a network namespace, too.
+    """
+
+    def __init__(self, folder: Path, bubblewrap: Callable[[], Bubblewrap], *, egress: Sequence[str] | None) -> None:
         super().__init__(folder)
         self.root = INSIDE_ROOT
         self._bubblewrap = bubblewrap
+        self._network = None if egress is None else Network(folder, egress, marker=self.id)
+
+    def blocked(self) -> Sequence[str]:
+        self._check_exists()
+        return () if self._network is None else self._network.blocked()
+
+    def _end_proxy(self) -> None:
+        if self._network is not None:
+            self._network.end()
 
     def stop(self) -> None:
         # The first process of a pid namespace ignores SIGTERM and passes nothing on: the command must get it itself.
@@ -249,28 +298,44 @@ class BubblewrapSandbox(LocalSandbox):
     def _began(self, ended: Mapping[str, Any]) -> bool:
         return "exit-code" in ended
 
+    @contextmanager
+    def _way_out(self, env: Mapping[str, str], *, lasting: bool) -> Generator[WayOut | None]:
+        if self._network is None:
+            yield None
+        else:
+            with self._network.way_out(env, lasting=lasting) as way_out:
+                yield way_out
+
     def _launch(
         self,
         command: Sequence[str],
-        record: int,
+        record: processes.OpenRecord,
         *,
         env: Mapping[str, str],
         cwd: str,
         output: int | IO[bytes],
         run_id: str | None,
+        way_out: WayOut | None,
     ) -> subprocess.Popen[bytes]:
+        if way_out is not None:
+            env, command = way_out.environment(env), way_out.wrap(command, python=self.python)
         uid, gid = os.geteuid(), os.getegid()
         user = "root" if uid == 0 else "agent"
         passwd = f"{user}:x:{uid}:{gid}::{self._path_inside('home')}:/bin/sh\n"
-        with _another(record) as lock, _in_memory(passwd) as users, _in_memory(f"{user}:x:{gid}:\n") as groups:
+        with (
+            _in_memory(passwd) as users,
+            _in_memory(f"{user}:x:{gid}:\n") as groups,
+            _in_memory(socket_filter() or b"") as sockets,
+        ):
             arguments = [
                 *isolation(hidden=self._folder.parent.parent),
                 *["--ro-bind-data", str(users), "/etc/passwd", "--ro-bind-data", str(groups), "/etc/group"],
                 *["--bind", str(self._files), INSIDE_ROOT],
                 *["--chdir", self._path_inside(cwd)],
-                # bubblewrap's outer process keeps the record open, the first one inside the lock.
-                *["--json-status-fd", str(record), "--sync-fd", str(lock)],
+                # bubblewrap's outer process writes the record; it, and the first one inside, keep the lock.
+                *["--json-status-fd", str(record.file), "--sync-fd", str(record.lock)],
                 *([] if run_id is None else ["--die-with-parent"]),
+                *([] if way_out is None else own_network(sockets)),
             ]
             library = library_path()
             for name, value in (env if library is None else {"PYTHONPATH": library, **env}).items():
@@ -282,7 +347,10 @@ class BubblewrapSandbox(LocalSandbox):
                     [self._bubblewrap().path, "--args", str(file), "--", *command],
                     env={processes.MARKER: self.id, "LANG": "C.UTF-8"},
                     output=output,
-                    keep_open=(file, record, lock, users, groups),
+                    keep_open=(
+                        *(file, record.file, record.lock, users, groups),
+                        *(() if way_out is None else (sockets, way_out.control)),
+                    ),
                 )
 
 
@@ -306,12 +374,13 @@ class UnsafeProcessSandbox(LocalSandbox):
     def _launch(
         self,
         command: Sequence[str],
-        record: int,
+        record: processes.OpenRecord,
         *,
         env: Mapping[str, str],
         cwd: str,
         output: int | IO[bytes],
         run_id: str | None,
+        way_out: WayOut | None,
     ) -> subprocess.Popen[bytes]:
         if run_id is not None:
             env = {**env, _RUN_MARKER: run_id}
@@ -333,8 +402,14 @@ class _FolderProvider(ABC):
 
     def create(self, spec: SandboxSpec = PLAIN, *, metadata: Mapping[str, str]) -> LocalSandbox:
         self.self_check()
+        egress = None if spec.egress is None else self._check_egress(spec.egress)
         sandbox_id = new_id("sbx")
-        about = {"provider": self.name, "created": datetime.now(UTC).isoformat(), "metadata": dict(metadata)}
+        about = {
+            "provider": self.name,
+            "created": datetime.now(UTC).isoformat(),
+            "metadata": dict(metadata),
+            "egress": egress,
+        }
         # Renamed when complete, so that a folder of a sandbox's name always has its metadata.
         fresh = self._folder / f".new_{sandbox_id}"
         try:
@@ -342,7 +417,7 @@ class _FolderProvider(ABC):
             fresh.mkdir(mode=0o700)
             (fresh / "root").mkdir(mode=0o700)
             (fresh / "meta.json").write_text(json.dumps(about))
-            return self._sandbox(fresh.rename(self._folder / sandbox_id))
+            return self._sandbox(fresh.rename(self._folder / sandbox_id), egress)
         except OSError as error:
             raise SandboxUnavailable(
                 "The data folder takes no new sandbox.",
@@ -355,7 +430,7 @@ class _FolderProvider(ABC):
             raise SandboxGone
         if about["provider"] != self.name:
             raise SandboxUnreachable("The sandbox belongs to another provider.")
-        return self._sandbox(self._folder / sandbox_id)
+        return self._sandbox(self._folder / sandbox_id, about.get("egress"))
 
     def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
         found: list[SandboxInfo] = []
@@ -373,7 +448,11 @@ class _FolderProvider(ABC):
     def self_check(self) -> str: ...
 
     @abstractmethod
-    def _sandbox(self, folder: Path) -> LocalSandbox: ...
+    def _sandbox(self, folder: Path, egress: Sequence[str] | None) -> LocalSandbox: ...
+
+    def _check_egress(self, egress: Sequence[str]) -> list[str] | None:
+        """The list as it will be kept; None where none can be. Raises `InvalidEgress` and `SandboxUnavailable`."""
+        return [str(parse_rule(entry)) for entry in egress]
 
     def _about(self, folder: Path) -> dict[str, Any] | None:
         with suppress(FileNotFoundError):
@@ -393,15 +472,25 @@ class LocalProvider(_FolderProvider):
         self._found: Bubblewrap | None = None
 
     def self_check(self) -> str:
-        return self._bubblewrap().description
+        found = self._bubblewrap()
+        return found.description if found.own_network else f"{found.description}; cannot limit which hosts are reached"
 
     def _bubblewrap(self) -> Bubblewrap:
         if self._found is None:
             self._found = find_bubblewrap(self._candidates)
         return self._found
 
-    def _sandbox(self, folder: Path) -> LocalSandbox:
-        return BubblewrapSandbox(folder, self._bubblewrap)
+    def _check_egress(self, egress: Sequence[str]) -> list[str] | None:
+        if not self._bubblewrap().own_network:
+            raise SandboxUnavailable(
+                "This machine gives a sandbox no network of its own, so that no list of allowed hosts could be kept.",
+                remedy="Let unprivileged user namespaces configure a network (in a container, its seccomp and AppArmor "
+                "profiles decide), or let agents reach every host, this machine included: SANDBOX_EGRESS=open.",
+            )
+        return super()._check_egress(egress)
+
+    def _sandbox(self, folder: Path, egress: Sequence[str] | None) -> LocalSandbox:
+        return BubblewrapSandbox(folder, self._bubblewrap, egress=egress)
 
 
 class UnsafeProcessProvider(_FolderProvider):
@@ -418,9 +507,13 @@ class UnsafeProcessProvider(_FolderProvider):
                 "Agents cannot run as plain processes on this operating system yet.",
                 remedy="Run cloudagent on Linux, for example in a virtual machine, or use a remote sandbox provider.",
             )
-        return "no sandbox: agents run as processes of this user"
+        return "no sandbox: agents run as processes of this user, and reach every host that it can reach"
 
-    def _sandbox(self, folder: Path) -> LocalSandbox:
+    def _check_egress(self, egress: Sequence[str]) -> list[str] | None:
+        super()._check_egress(egress)
+        return None
+
+    def _sandbox(self, folder: Path, egress: Sequence[str] | None) -> LocalSandbox:
         return UnsafeProcessSandbox(folder)
 
 
@@ -433,16 +526,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 @contextmanager
-def _another(file: int) -> Generator[int]:
-    copy = os.dup(file)
-    try:
-        yield copy
-    finally:
-        os.close(copy)
-
-
-@contextmanager
-def _in_memory(content: str) -> Generator[int]:
+def _in_memory(content: str | bytes) -> Generator[int]:
     """An open file that is on no disk."""
     file = os.memfd_create("cloudagent", os.MFD_CLOEXEC)
     try:

@@ -7,8 +7,9 @@ A process tree has a record, a file of JSON lines that the host owns:
     {"start-time": 815}     by us: with the pid, what makes a process unmistakable
     {"exit-code": 0}        by bubblewrap, when the started command has ended
 
-From before the start on, the record is locked by whoever holds the open file: we, then bubblewrap's own processes.
-So a record without a lock and without a process belongs to something that is certainly gone.
+From before the start on, the empty file beside it is locked by whoever holds it open: we, then bubblewrap's own
+processes. So a record without a lock and without a process belongs to something that is certainly gone. The lock is a
+file of its own because its holder inside can be made to hand it over by the agent, who must not write to the record.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 files = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
 resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-record = int(sys.argv[1])
-if record >= 0:
-    os.write(record, b'{"child-pid": %d}\\n' % os.getpid())
-    os.close(record)
+files = [int(file) for file in sys.argv[1].split(",") if file]
+if files:
+    os.write(files[0], b'{"child-pid": %d}\\n' % os.getpid())
+for file in files:
+    os.close(file)
 try:
     os.execvp(sys.argv[2], sys.argv[2:])
 except OSError as error:
@@ -74,20 +76,20 @@ def launch(
     env: Mapping[str, str],
     output: int | IO[bytes],
     cwd: Path | str = "/",
-    write_pid_to: int | None = None,
+    write_pid_to: OpenRecord | None = None,
     keep_open: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a program in a session of its own, without input, core dumps or inherited signal handling."""
-    record = -1 if write_pid_to is None else write_pid_to
+    record = [] if write_pid_to is None else [write_pid_to.file, write_pid_to.lock]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(record), *command],
+        [sys.executable, "-I", "-S", "-c", _LAUNCHER, ",".join(str(file) for file in record), *command],
         env=env,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        pass_fds=[*keep_open, *([] if write_pid_to is None else [write_pid_to])],
+        pass_fds=[*keep_open, *record],
     )
 
 
@@ -104,6 +106,14 @@ def reap() -> None:
 
 
 @dataclass(frozen=True)
+class OpenRecord:
+    """Two descriptors: what is known is appended to one; while any process has the other, the record is locked."""
+
+    file: int
+    lock: int
+
+
+@dataclass(frozen=True)
 class Record:
     """What is known of one process tree; see the module's text."""
 
@@ -112,29 +122,41 @@ class Record:
     """The value of `MARKER` in the environment of its processes."""
 
     @contextmanager
-    def new(self) -> Generator[int]:
-        """The open and locked file of a record of which nothing came yet; it does not exist after an exception.
+    def new(self) -> Generator[OpenRecord]:
+        """A record of which nothing came yet, open and locked; it does not exist after an exception.
 
         Who dies in here, before the launched program has written its pid, has started nothing: the next one may.
         Raises FileExistsError when something was started, or is just being started.
         """
-        file = self._lock()
+        lock = self._lock()
         try:
             if "child-pid" in self.read():
                 raise FileExistsError
-            os.write(file, json.dumps({"host": _host()}).encode() + b"\n")
+            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
-                yield file
+                os.write(file, json.dumps({"host": _host()}).encode() + b"\n")
+                yield OpenRecord(file, lock)
             except Exception:
-                self.path.unlink(missing_ok=True)
+                self.remove()
                 raise
+            finally:
+                os.close(file)
         finally:
-            os.close(file)
+            os.close(lock)
+
+    def remove(self) -> None:
+        """Forget the process, which is gone or was never started."""
+        self.path.unlink(missing_ok=True)
+        self._lock_path.unlink(missing_ok=True)
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_suffix(".lock")
 
     def _lock(self) -> int:
         deadline = time.monotonic() + _LOCK_PATIENCE_S
         while True:
-            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            file = os.open(self._lock_path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(file).st_nlink:
@@ -213,9 +235,12 @@ class Record:
 
     def _held(self, seen: Mapping[str, Any]) -> bool:
         try:
-            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
+        except PermissionError:  # by whoever got hold of the lock inside; a plain file of ours otherwise
+            self._lock_path.chmod(0o600)
+            return self._held(seen)
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
