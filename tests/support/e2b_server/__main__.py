@@ -17,7 +17,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 
 from cloudagent_queue.sandboxes.bubblewrap import find_bubblewrap
 from tests.support.e2b_server.control import Cloud, Router, Settings
@@ -39,8 +39,9 @@ def main() -> None:
 
 async def serve(folder: Path, settings: Settings, listener: socket.socket) -> None:
     cloud = Cloud(folder, settings, find_bubblewrap())
-    faults = Faults(Router(cloud))
-    app = Starlette(routes=[*switches(cloud, faults), Mount("/", faults)])
+    switches = Starlette()
+    app = Faults(Router(cloud), switches)
+    switches.routes.extend(routes_of_switches(cloud, app))
     # Clients keep connections for five minutes; one that the server has closed meanwhile would fail at its next use.
     config = uvicorn.Config(
         app, log_level="warning", timeout_keep_alive=3600, timeout_graceful_shutdown=0, lifespan="off", ws="none"
@@ -51,7 +52,7 @@ async def serve(folder: Path, settings: Settings, listener: socket.socket) -> No
         sandbox.inside.end()
 
 
-def switches(cloud: Cloud, faults: Faults) -> list[Route]:
+def routes_of_switches(cloud: Cloud, faults: Faults) -> list[Route]:
     """What tests use beside E2B's own API; it needs no key."""
 
     async def stats(request: Request) -> Response:

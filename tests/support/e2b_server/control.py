@@ -219,7 +219,7 @@ class Router:
             message = "unauthorized access, please provide a valid access token or method signing if supported"
             await JSONResponse({"code": 401, "message": message}, 401)(scope, receive, send)
             return
-        started = False
+        started = left = False
 
         async def send_on(message: Any) -> None:
             nonlocal started
@@ -227,9 +227,11 @@ class Router:
             await send(message)
 
         async def receive_on() -> Any:
+            nonlocal left
             message = await receive()
             if message["type"] == "http.disconnect":
-                serving.cancel()  # of what it does on its own, only the next word to a client that left would end it
+                left = True
+                serving.cancel()  # a stream that has nothing to say would not notice
             return message
 
         serving = asyncio.create_task(sandbox.app(scope, receive_on, send_on))
@@ -244,8 +246,8 @@ class Router:
             if not started:
                 await JSONResponse(no_sandbox, 502)(scope, receive, send)
             elif error is not None:
-                cut(transport_of(getattr(send, "_send", send)))
-        elif isinstance(error, Exception) and not isinstance(error, asyncio.CancelledError):
+                cut(transport_of(send))
+        elif isinstance(error, Exception) and not left:
             raise error
 
 

@@ -17,6 +17,7 @@ import signal
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from connectrpc.code import Code
@@ -127,10 +128,8 @@ class Processes:
 
     async def signal(self, process: Process, number: int) -> None:
         process.output_cut.set()
-        try:
+        with suppress(Refused):  # ended, and only its output is still held open
             await self._inside.ask("signal", pid=process.pid, signal=number)
-        except Refused:
-            raise ConnectError(Code.INTERNAL, "error sending signal: os: process already finished") from None
 
     def find(self, selector: pb.ProcessSelector | None, *, ended: bool = False) -> Process:
         chosen = selector.selector if selector else None
@@ -184,10 +183,8 @@ class Processes:
             transport.close()
 
     async def _out_of_time(self, process: Process) -> None:
-        try:
+        with suppress(Gone):
             await self.signal(process, signal.SIGKILL)
-        except (ConnectError, Gone):
-            return
 
     def _forget(self, process: Process) -> None:
         if self.remembered.get(process.pid) is process:

@@ -47,18 +47,20 @@ class Fault:
 
 
 class Faults:
-    """An ASGI application around another one."""
+    """An ASGI application around another one; what begins with `/_` goes to the switches, and never suffers."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, switches: Any) -> None:
         self._inner = inner
+        self._switches = switches
         self.faults: dict[str, Fault] = {}
         self.requests: Counter[str] = Counter()
         self.streams = 0
         """The requests to the data plane's streams that have no end yet."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"].startswith("/_"):
-            await self._inner(scope, receive, send)
+        assert scope["type"] == "http"
+        if scope["path"].startswith("/_"):
+            await self._switches(scope, receive, send)
             return
         sandbox = dict(scope["headers"]).get(b"e2b-sandbox-id", b"").decode() or None
         self.requests[f"{scope['method']} {re.sub('/(i[a-z0-9]{19})(?=/|$)', '/{id}', scope['path'])}"] += 1
@@ -96,14 +98,14 @@ async def _suffer(fault: Fault, inner: Any, scope: Any, receive: Any, send: Any)
             await asyncio.sleep(fault.seconds)
             await inner(scope, receive, send)
         case _:
-            await inner(scope, receive, _Hurt(fault, send, receive))
+            await inner(scope, receive, _Hurt(fault, receive, send))
 
 
 class _Hurt:
     """A `send` that misbehaves in the midst of the body."""
 
-    def __init__(self, fault: Fault, send: Any, receive: Any) -> None:
-        self._fault, self._send, self._receive = fault, send, receive
+    def __init__(self, fault: Fault, receive: Any, send: Any) -> None:
+        self._fault, self._receive, self.send = fault, receive, send
         self._sent = 0
         self._broken = False
 
@@ -113,33 +115,36 @@ class _Hurt:
             return
         body: bytes = message.get("body", b"")
         if fault.kind == "trickle" and message["type"] == "http.response.body":
-            fault.fired += 1
+            fault.fired += not self._sent
+            self._sent += len(body)
             for number in range(len(body)):
-                await self._send({"type": "http.response.body", "body": body[number : number + 1], "more_body": True})
+                await self.send({"type": "http.response.body", "body": body[number : number + 1], "more_body": True})
                 await asyncio.sleep(1 / fault.bytes_per_s)
-            await self._send({**message, "body": b""})
+            await self.send({**message, "body": b""})
             return
         whole = message["type"] != "http.response.body" or self._sent + len(body) < fault.after_bytes
         if whole and message.get("more_body", True):
             self._sent += len(body)
-            await self._send(message)
+            await self.send(message)
             return
         rest = body[: fault.after_bytes - self._sent]
-        await self._send({"type": "http.response.body", "body": rest, "more_body": True})
+        await self.send({"type": "http.response.body", "body": rest, "more_body": True})
         self._broken = True
         fault.fired += 1
-        transport = transport_of(self._send)
+        transport = transport_of(self.send)
         if fault.kind == "cut":
             cut(transport)
         elif fault.kind == "half_close":
             transport.write_eof()
-            await asyncio.Event().wait()
+            await _until_given_up(self._receive)
         else:
-            await asyncio.Event().wait()
+            await _until_given_up(self._receive)
 
 
 def transport_of(send: Any) -> Any:
     """The connection behind uvicorn's `send`."""
+    while isinstance(send, _Hurt):
+        send = send.send
     return send.__self__.transport
 
 

@@ -49,9 +49,11 @@ def _send(to: socket.socket, data: bytes, files: Sequence[int]) -> None:
 
 def receive(source: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """A message and its files; None at the end. Raises BlockingIOError where there is none yet."""
-    data, files, _, _ = socket.recv_fds(source, LONG + 1, 8, socket.MSG_CMSG_CLOEXEC)
+    data, files, _, _ = socket.recv_fds(source, LONG + 1, 8)
     if not data:
         return None
+    for file in files:
+        os.set_inheritable(file, False)  # a command that had one of another's would keep that one from ending
     if data == b"+":
         with open(files.pop(0), "rb") as memory:
             return json.load(memory), files
