@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
-from cloudagent_queue.sandboxes import PLAIN, Provider, Sandbox, SandboxSpec
+from cloudagent_queue.sandboxes import PLAIN, Provider, Resources, Sandbox, SandboxSpec
 from cloudagent_storage.errors import CloudAgentError, ProviderBroken, SandboxError, SandboxGone
 
 AWKWARD = 'it\'s "quoted" $(id) `id` \\ \n second line\ttab · 漢字 🦀 '
@@ -48,6 +49,15 @@ STANDARD_SIGNALS = 0x7FFF_FFFF
 _PATIENCE_S = 30.0
 
 
+@dataclass
+class Life:
+    """How long a sandbox lived, in monotonic time, for its bill."""
+
+    resources: Resources | None
+    began: float
+    ended: float | None = None
+
+
 class Trial:
     """A provider that is tried, and the sandboxes that were made for it."""
 
@@ -55,12 +65,16 @@ class Trial:
         self.provider = provider
         self.mark = {"trial": secrets.token_hex(8)}
         """In the metadata of every sandbox made here: in a real account there may be others."""
+        self.lives: dict[str, Life] = {}
         self._spec = spec
         self._shared: Sandbox | None = None
 
     def fresh(self, **metadata: str) -> Sandbox:
         """A new sandbox."""
-        return self.provider.create(self._spec, metadata={**self.mark, **metadata})
+        began = time.monotonic()
+        made = self.provider.create(self._spec, metadata={**self.mark, **metadata})
+        self.lives[made.id] = Life(made.resources, began)
+        return made
 
     @property
     def shared(self) -> Sandbox:
@@ -83,6 +97,9 @@ class Trial:
             if info.id != kept:
                 with suppress(SandboxGone):
                     self.provider.connect(info.id).kill()
+        for sandbox_id, life in self.lives.items():
+            if sandbox_id != kept and life.ended is None:
+                life.ended = time.monotonic()
 
 
 Check = Callable[[Trial], None]

@@ -118,7 +118,7 @@ class Api:
             f"Build a template with `ca template build --provider {self.service.name}` and set SANDBOX_TEMPLATE to it."
         )
 
-    def options(self, within_s: float = CONTROL_S) -> dict[str, Any]:
+    def options(self, within_s: float | None = None) -> dict[str, Any]:
         """What every call is told. All of it, or the SDK would look into the environment for the rest."""
         if not self._key:
             raise SandboxUnavailable(
@@ -130,7 +130,7 @@ class Api:
             "domain": self.domain,
             "api_url": self.url,
             "debug": False,
-            "request_timeout": within_s,
+            "request_timeout": within_s or CONTROL_S,
         }
 
     def create(self, spec: SandboxSpec, metadata: Mapping[str, str]) -> Made:
@@ -186,8 +186,11 @@ class Api:
         except sdk.AuthenticationException as error:
             raise self._key_refused() from error
         except Exception as error:
-            if getattr(error, "status_code", None) == 403:
+            status = getattr(error, "status_code", None)
+            if status == 403:
                 raise self._key_refused() from error
+            if status in (404, 405):
+                raise self._other_api("lists sandboxes", status) from error
             raise SandboxUnreachable(
                 f"{self.service.title} does not say which sandboxes there are.",
                 remedy=f"Check {self._address_variable} and the network, and try again.",
@@ -198,7 +201,7 @@ class Api:
             if metadata.items() <= info.metadata.items()
         ]
 
-    def about(self, sandbox_id: str, call: Callable[[Any, dict[str, Any]], T], *, within_s: float = CONTROL_S) -> T:
+    def about(self, sandbox_id: str, call: Callable[[Any, dict[str, Any]], T], *, within_s: float | None = None) -> T:
         """A call of the control plane about one sandbox, which may be repeated.
 
         Raises `SandboxGone` when it answers that there is none, `SandboxError` when it refuses, and else
@@ -314,11 +317,7 @@ class Api:
         if status in (401, 403):
             return self._key_refused()
         if status in (404, 405):
-            return SandboxUnavailable(
-                f"{title} has no such call to make a sandbox ({status}): it speaks another version of the API.",
-                remedy=f"Check {self._address_variable}; this release speaks the API of the e2b SDK "
-                f"{importlib.metadata.version('e2b')}.",
-            )
+            return self._other_api("makes a sandbox", status)
         if status == 402 or "quota" in said or "billing" in said or "balance" in said:
             return SandboxUnavailable(
                 f"{title} wants the account to be paid for ({status}).", remedy=f"Look at the billing page of {title}."
@@ -331,6 +330,13 @@ class Api:
         return SandboxUnavailable(
             f"{title} refuses to make a sandbox ({status}).",
             remedy=f"Run `ca doctor --provider {self.service.name}`.",
+        )
+
+    def _other_api(self, call: str, status: int) -> SandboxUnavailable:
+        return SandboxUnavailable(
+            f"{self.service.title} does not know the call that {call} ({status}): it has another version of the API.",
+            remedy=f"Check {self._address_variable}; this release uses the API of the e2b SDK "
+            f"{importlib.metadata.version('e2b')}.",
         )
 
     def _key_refused(self) -> SandboxUnavailable:
@@ -358,7 +364,9 @@ class Api:
 
     @property
     def _address_variable(self) -> str:
-        return "E2B_DOMAIN or E2B_API_URL" if self.service is E2B else self.service.domain
+        if self.service is E2B:
+            return "E2B_DOMAIN or E2B_API_URL"
+        return f"{self.service.domain}, which names a region, such as {self.service.default_domain},"
 
     def _data_url(self, sandbox_id: str, domain: str | None) -> str:
         from e2b.connection_config import ConnectionConfig
