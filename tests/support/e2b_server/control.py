@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-import shutil
 import string
 import time
 import urllib.parse
@@ -25,8 +24,8 @@ from starlette.routing import Route
 
 from cloudagent_queue.sandboxes.bubblewrap import Bubblewrap, library_path
 from tests.support.e2b_server import envd
-from tests.support.e2b_server.faults import cut, transport_of
-from tests.support.e2b_server.sandbox import BARE_PATH, HOME, PATH_WITH_AGENT, USER, Gone, Isolated
+from tests.support.e2b_server.faults import reset, transport_of, until_closed
+from tests.support.e2b_server.sandbox import BARE_PATH, HOME, PATH_WITH_AGENT, USER, Gone, Isolated, copy_files
 from tests.support.e2b_server.templates import Template, Templates
 
 ENVD_VERSION = "0.6.1"
@@ -137,7 +136,7 @@ class Cloud:
         sandbox_id = "i" + "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(19))
         folder = self._folder / "sandboxes" / sandbox_id
         if template.folder is not None:
-            await asyncio.to_thread(shutil.copytree, template.folder, folder / "home", symlinks=True)
+            await asyncio.to_thread(copy_files, template.folder, folder / "home")
         inside = Isolated(folder, self._bubblewrap, hidden=self._folder)
         env: dict[str, str] = {
             "PATH": PATH_WITH_AGENT if template.has_agent else BARE_PATH,
@@ -223,8 +222,9 @@ class Router:
 
         async def send_on(message: Any) -> None:
             nonlocal started
-            started = True
-            await send(message)
+            if not sandbox.inside.gone.is_set():
+                started = True
+                await send(message)
 
         async def receive_on() -> Any:
             nonlocal left
@@ -234,19 +234,23 @@ class Router:
                 serving.cancel()  # a stream that has nothing to say would not notice
             return message
 
-        serving = asyncio.create_task(sandbox.app(scope, receive_on, send_on))
+        async def serve() -> None:
+            await sandbox.inside.ask("ping")  # envd is in there: it answers nothing while the sandbox is frozen
+            await sandbox.app(scope, receive_on, send_on)
+
+        serving = asyncio.create_task(serve())
         gone = asyncio.create_task(sandbox.inside.gone.wait())
         try:
             await asyncio.wait([serving, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (serving, gone):
-                task.cancel()
+            serving.cancel()
+            gone.cancel()
             (error, _) = await asyncio.gather(serving, gone, return_exceptions=True)
-        if sandbox.inside.gone.is_set():
-            if not started:
-                await JSONResponse(no_sandbox, 502)(scope, receive, send)
-            elif error is not None:
-                cut(transport_of(send))
+        if sandbox.inside.gone.is_set() and not started:
+            await JSONResponse(no_sandbox, 502)(scope, receive, send)
+        elif sandbox.inside.gone.is_set() and error is not None:
+            reset(transport_of(send))
+            await until_closed(receive)
         elif isinstance(error, Exception) and not left:
             raise error
 

@@ -59,7 +59,9 @@ class Process:
         for queue in list(self._followers):
             await queue.put(event)
 
-    async def follow(self, *, ping_s: float, left_s: Callable[[], float | None]) -> AsyncIterator[pb.ProcessEvent]:
+    async def follow(
+        self, inside: Isolated, *, ping_s: float, left_s: Callable[[], float | None]
+    ) -> AsyncIterator[pb.ProcessEvent]:
         """Its start, what it prints from now on, and its end. Raises `ConnectError` at the deadline."""
         queue: asyncio.Queue[Any] = asyncio.Queue(64)
         self._followers.add(queue)
@@ -72,6 +74,7 @@ class Process:
                 except TimeoutError:
                     if left is not None and left <= ping_s:
                         raise ConnectError(Code.DEADLINE_EXCEEDED, "context deadline exceeded") from None
+                    await inside.ask("ping")  # what is frozen gives no sign of life
                     yield pb.ProcessEvent(event=Oneof("keepalive", pb.ProcessEvent.KeepAlive()))
                     continue
                 if event is _END:
@@ -89,7 +92,7 @@ class Processes:
     """The commands of one sandbox."""
 
     def __init__(self, inside: Isolated, env: Mapping[str, str]) -> None:
-        self._inside = inside
+        self.inside = inside
         self._env = env
         self.living: dict[int, Process] = {}
         self.remembered: dict[int, Process] = {}
@@ -105,7 +108,7 @@ class Processes:
         cwd = _inside_path(config.cwd)
         try:
             theirs = (their_in, their_out, their_err)
-            process.pid = await self._inside.start([config.cmd, *config.args], env, cwd, theirs)
+            process.pid = await self.inside.start([config.cmd, *config.args], env, cwd, theirs)
         except BaseException as error:
             for file in (our_in, our_out, our_err):
                 if file is not None:
@@ -129,7 +132,7 @@ class Processes:
     async def signal(self, process: Process, number: int) -> None:
         process.output_cut.set()
         with suppress(Refused):  # ended, and only its output is still held open
-            await self._inside.ask("signal", pid=process.pid, signal=number)
+            await self.inside.ask("signal", pid=process.pid, signal=number)
 
     def find(self, selector: pb.ProcessSelector | None, *, ended: bool = False) -> Process:
         chosen = selector.selector if selector else None
@@ -142,7 +145,7 @@ class Processes:
 
     async def _attend(self, process: Process, out: int, err: int, deadline_s: float | None) -> None:
         loop = asyncio.get_running_loop()
-        exit_status = self._inside.exit_of(process.pid)
+        exit_status = self.inside.exit_of(process.pid)
         readers = [
             asyncio.create_task(self._read(process, out, lambda data: Oneof("stdout", data))),
             asyncio.create_task(self._read(process, err, lambda data: Oneof("stderr", data))),
@@ -150,21 +153,22 @@ class Processes:
         if deadline_s is not None:
             timer = loop.call_later(deadline_s, lambda: asyncio.ensure_future(self._out_of_time(process)))
             exit_status.add_done_callback(lambda _: timer.cancel())
+        drained = asyncio.create_task(asyncio.wait(readers))
         cut = asyncio.create_task(process.output_cut.wait())
         try:
-            await asyncio.wait([asyncio.gather(*readers), cut], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([drained, cut], return_when=asyncio.FIRST_COMPLETED)
             status = await asyncio.shield(exit_status)
         except Gone:  # whoever follows is cut off
             return
         finally:
             cut.cancel()
-            for reader in readers:
-                reader.cancel()
+            for task in readers:
+                task.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
             if process.stdin is not None:
                 os.close(process.stdin)
             self.living.pop(process.pid, None)
-            self._inside.exits.pop(process.pid, None)
+            self.inside.exits.pop(process.pid, None)
         process.ended = _end_event(status)
         self.remembered[process.pid] = process
         loop.call_later(REMEMBERED_S, self._forget, process)
@@ -203,12 +207,12 @@ class _ProcessService(process_connect.Process):
         _check_user(ctx)
         left_s = _time_left(ctx)
         process = await self._processes.start(request, left_s())
-        async for event in process.follow(ping_s=_ping_s(ctx), left_s=left_s):
+        async for event in process.follow(self._processes.inside, ping_s=_ping_s(ctx), left_s=left_s):
             yield pb.StartResponse(event=event)
 
     async def connect(self, request: pb.ConnectRequest, ctx: Any) -> AsyncIterator[pb.ConnectResponse]:
         process = self._processes.find(request.process, ended=True)
-        async for event in process.follow(ping_s=_ping_s(ctx), left_s=_time_left(ctx)):
+        async for event in process.follow(self._processes.inside, ping_s=_ping_s(ctx), left_s=_time_left(ctx)):
             yield pb.ConnectResponse(event=event)
 
     async def send_signal(self, request: pb.SendSignalRequest, ctx: Any) -> pb.SendSignalResponse:
@@ -281,7 +285,6 @@ def application(inside: Isolated, env: Mapping[str, str]) -> Starlette:
     """Envd of one sandbox, as an ASGI application. `env` is what each command has in its environment."""
 
     async def health(request: Request) -> Response:
-        await inside.ask("ping")
         return Response(status_code=204)
 
     async def read(request: Request) -> Response:

@@ -88,11 +88,11 @@ async def _suffer(fault: Fault, inner: Any, scope: Any, receive: Any, send: Any)
             await _answer(fault, send)
         case "hang":
             fault.fired += 1
-            await _until_given_up(receive)
+            await until_closed(receive)
         case "hang_after":
             await inner(scope, receive, _ignore)
             fault.fired += 1
-            await _until_given_up(receive)
+            await until_closed(receive)
         case "delay":
             fault.fired += 1
             await asyncio.sleep(fault.seconds)
@@ -133,12 +133,10 @@ class _Hurt:
         fault.fired += 1
         transport = transport_of(self.send)
         if fault.kind == "cut":
-            cut(transport)
+            reset(transport)
         elif fault.kind == "half_close":
             transport.write_eof()
-            await _until_given_up(self._receive)
-        else:
-            await _until_given_up(self._receive)
+        await until_closed(self._receive)
 
 
 def transport_of(send: Any) -> Any:
@@ -148,7 +146,7 @@ def transport_of(send: Any) -> Any:
     return send.__self__.transport
 
 
-def cut(transport: Any) -> None:
+def reset(transport: Any) -> None:
     """End a connection with a reset, after what was sent."""
     connection = transport.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -174,6 +172,6 @@ async def _drain(receive: Any) -> None:
         pass
 
 
-async def _until_given_up(receive: Any) -> None:
+async def until_closed(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -119,6 +119,14 @@ class Isolated:
         for process in self._processes():
             process.send_signal(signal.SIGCONT)
 
+    async def copy_home(self, target: Path) -> None:
+        """A copy of its files as they are at one moment."""
+        self.freeze()
+        try:
+            await asyncio.to_thread(copy_files, self.folder / "home", target)
+        finally:
+            self.thaw()
+
     async def kill(self) -> None:
         """End every process in there, and forget its files."""
         self.end()
@@ -177,6 +185,12 @@ class Isolated:
             if not future.done():
                 future.set_exception(Gone())
                 future.exception()  # nobody may be waiting
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """All of a folder, whatever kind of file is in it."""
+    target.mkdir(parents=True)
+    subprocess.run(["cp", "-a", f"{source}/.", target], check=True)
 
 
 def _in_memory(content: str) -> int:

@@ -1,4 +1,7 @@
-"""Templates: those that are always there, snapshots of sandboxes, and builds. A build is recorded, not carried out."""
+"""Templates: those that are always there, snapshots of sandboxes, and builds.
+
+A build is recorded, not carried out; a snapshot holds the home folder, where E2B's hold the memory, too.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,7 @@ class Templates:
     async def add_snapshot(self, inside: Isolated, origin: Template, name: str | None) -> Template:
         template = Template(new_id(), name, origin.cpu_count, origin.memory_mb, has_agent=origin.has_agent)
         template.folder, template.snapshot_of = self._folder / template.id, inside.folder.name
-        await asyncio.to_thread(shutil.copytree, inside.folder / "home", template.folder, symlinks=True)
+        await inside.copy_home(template.folder)
         self._templates.append(template)
         return template
 
