@@ -52,6 +52,7 @@ WAIT_S = 15.0
 TRY_AGAIN_WITHIN_S = 30.0
 SLOWEST_BYTES_PER_S = 200_000
 PREPARE_S = 600.0
+SNAPSHOT_S = 180.0
 _TRIES = 3
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _INSIDE = Path(inside.__file__)
@@ -142,27 +143,27 @@ class E2BSandbox:
         return zlib.decompress(base64.b64decode(self._call("output", max_bytes=max_bytes)["data"]))[-max_bytes:]
 
     def extend(self, seconds: float) -> None:
-        """Raises `SandboxError` when the provider does not keep a sandbox for that long."""
-        until = int(min(seconds, self._api.session_s))
-        self._api.about(self.id, lambda sdk, options: sdk.Sandbox.set_timeout(self.id, until, **options))
+        """Never less than what it has already, nor beyond the session cap.
+
+        Raises `SandboxError` when the provider refuses.
+        """
+        self._api.keep(self.id, seconds)
 
     def blocked(self) -> Sequence[str]:
         return ()  # the protocol has no way to ask
 
     def snapshot(self) -> str | None:
-        def create(sdk: Any, options: dict[str, Any]) -> str | None:
-            try:
-                return sdk.Sandbox.create_snapshot(self.id, **options).snapshot_id
-            except sdk.SandboxNotFoundException:
-                raise
-            except sdk.SandboxException as error:
-                if error.status_code in (400, 403, 404, 405, 501):
-                    return None  # this provider, or this plan, has none
-                raise
-
-        found = self._api.about(self.id, create, within_s=CREATE_S * 3)
-        self._attached = None  # it was paused meanwhile
-        return found
+        try:
+            made = self._api.about(
+                self.id, lambda sdk, options: sdk.Sandbox.create_snapshot(self.id, **options), within_s=SNAPSHOT_S
+            )
+        except (SandboxGone, SandboxUnreachable):
+            raise
+        except SandboxError:
+            return None  # this service, or this plan, has none
+        finally:
+            self._attached = None  # it was paused meanwhile
+        return made.snapshot_id
 
     def kill(self) -> None:
         self._api.kill(self.id)

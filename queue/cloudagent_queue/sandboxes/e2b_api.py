@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cloudagent_queue.sandboxes import Resources, SandboxInfo, SandboxSpec
@@ -37,6 +37,9 @@ T = TypeVar("T")
 
 CONTROL_S = 15.0
 CREATE_S = 60.0
+KILL_S = 10.0
+LOOK_FOR_S = 15.0
+"""How long to look for what a failed create may have made."""
 DATA_S = 25.0
 """How long a request to a sandbox's daemon may take where nothing else is said."""
 _MARK = "cloudagent_create"
@@ -162,7 +165,8 @@ class Api:
             and response.status_code != 408
         ):
             raise self._refusal(response, named=bool(spec.template or self.template))
-        if (found := self._made_nevertheless(mark, response)) is not None:
+        # Without a connection nothing was asked for, and another provider is the sooner tried.
+        if type(cause).__name__ != "ConnectError" and (found := self._made_nevertheless(mark, response)) is not None:
             return found
         if response is None:
             message = f"{self.service.title} does not answer at its address."
@@ -204,42 +208,62 @@ class Api:
     def about(self, sandbox_id: str, call: Callable[[Any, dict[str, Any]], T], *, within_s: float | None = None) -> T:
         """A call of the control plane about one sandbox, which may be repeated.
 
-        Raises `SandboxGone` when it answers that there is none, `SandboxError` when it refuses, and else
-        `SandboxUnreachable`.
+        Raises `SandboxGone` when there is none of that id, `SandboxError` when the service refuses, or has no such
+        call, and else `SandboxUnreachable`.
         """
         sdk, options = self.sdk, self.options(within_s)
         try:
             return call(sdk, options)
         except sdk.SandboxNotFoundException as error:
-            raise SandboxGone from error
-        except sdk.AuthenticationException as error:
-            raise self._unreachable_without_key() from error
+            self.confirm(sandbox_id)
+            # The SDK says this of every 404, also where the service has no such call.
+            raise SandboxError(f"{self.service.title} cannot do that with a sandbox.") from error
         except Exception as error:
-            if getattr(error, "status_code", None) == 403:
-                raise self._unreachable_without_key() from error
-            if getattr(error, "status_code", None) == 400:
+            if getattr(error, "status_code", None) in (400, 405, 501):
                 raise SandboxError(f"{self.service.title} refuses to do that with the sandbox.") from error
-            raise SandboxUnreachable from error
+            raise self._out_of_reach(error) from error
 
     def info(self, sandbox_id: str) -> e2b.SandboxInfo:
-        return self.about(sandbox_id, lambda sdk, options: sdk.Sandbox.get_info(sandbox_id, **options))
+        """What the service knows of a sandbox: the one call whose "not found" counts.
+
+        Raises `SandboxGone` or `SandboxUnreachable`.
+        """
+        sdk, options = self.sdk, self.options()
+        try:
+            return sdk.Sandbox.get_info(sandbox_id, **options)
+        except sdk.SandboxNotFoundException as error:
+            raise SandboxGone from error
+        except Exception as error:
+            raise self._out_of_reach(error) from error
 
     def confirm(self, sandbox_id: str) -> None:
         """Ask whether a sandbox lives. Raises `SandboxGone` when not, `SandboxUnreachable` when nobody can tell."""
         self.info(sandbox_id)
 
+    def keep(self, sandbox_id: str, seconds: float) -> None:
+        """Let a sandbox live that long from now: not beyond its session cap, and never shorter than it would."""
+        info = self.info(sandbox_id)
+        now = datetime.now(UTC)
+        until = min(now + timedelta(seconds=seconds), info.started_at + timedelta(seconds=self.session_s))
+        if until > info.end_at:
+            left = int((until - now).total_seconds())
+            self.about(sandbox_id, lambda sdk, options: sdk.Sandbox.set_timeout(sandbox_id, left, **options))
+
     def kill(self, sandbox_id: str) -> None:
-        for last in (False, True):
+        """Returns when the service says that there is no such sandbox; that it was killed, a proxy might say, too."""
+        deadline = time.monotonic() + KILL_S
+        while True:
             try:
-                if self.about(sandbox_id, lambda sdk, options: sdk.Sandbox.kill(sandbox_id, **options)):
-                    return
+                self.about(sandbox_id, lambda sdk, options: sdk.Sandbox.kill(sandbox_id, **options))
                 self.confirm(sandbox_id)
             except SandboxGone:
                 return
-            except SandboxUnreachable:
-                if last:
+            except SandboxError:
+                if time.monotonic() > deadline:
                     raise
-        raise SandboxUnreachable("The sandbox is said to be gone, and to live.")
+            if time.monotonic() > deadline:
+                raise SandboxUnreachable("The sandbox was killed, and is said to live.")
+            time.sleep(0.5)
 
     def attach(self, sandbox_id: str) -> e2b.Sandbox:
         """Get the token of a sandbox's daemon. Its time to live stays as it is."""
@@ -289,8 +313,11 @@ class Api:
     def _made_nevertheless(self, mark: str, response: httpx.Response | None) -> Made | None:
         """Adopt what a create made that ended in an error. One that is found twice stays with the sweeper."""
         busy = response is not None and response.status_code == 503  # by definition, nothing was done
+        deadline = time.monotonic() + LOOK_FOR_S
         for pause in (0.0,) if busy else (0.0, 0.5, 1.5, 3.0):
             time.sleep(pause)
+            if time.monotonic() > deadline:
+                break
             with suppress(SandboxError):
                 for info in self.find({_MARK: mark}):
                     log.warning("%s made %s, and answered with an error", self.service.title, info.id)
@@ -322,7 +349,7 @@ class Api:
             return SandboxUnavailable(
                 f"{title} wants the account to be paid for ({status}).", remedy=f"Look at the billing page of {title}."
             )
-        if "timeout" in said:
+        if "timeout" in said or "instance length" in said:
             return SandboxUnavailable(
                 f"{title} does not keep a sandbox for {self.session_s / 60:.0f} minutes with this account.",
                 remedy="Lower SANDBOX_SESSION_MINUTES; plans without payment mostly allow 60.",
@@ -358,9 +385,11 @@ class Api:
             remedy=f"Correct {service.key}; keys are made at {service.where_keys_are}.{looks}",
         )
 
-    def _unreachable_without_key(self) -> SandboxUnreachable:
-        refused = self._key_refused()
-        return SandboxUnreachable(refused.message, remedy=refused.remedy)
+    def _out_of_reach(self, error: Exception) -> SandboxUnreachable:
+        if isinstance(error, self.sdk.AuthenticationException) or getattr(error, "status_code", None) == 403:
+            refused = self._key_refused()
+            return SandboxUnreachable(refused.message, remedy=refused.remedy)
+        return SandboxUnreachable()
 
     @property
     def _address_variable(self) -> str:
