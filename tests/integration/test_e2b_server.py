@@ -200,6 +200,7 @@ def test_who_connects_to_a_command_hears_what_comes_and_not_what_was(sandbox: Sa
 
 def test_a_command_has_not_ended_while_something_holds_its_output(sandbox: Sandbox) -> None:
     handle = sandbox.commands.run("sleep 1000 & exit 0", background=True, timeout=0)
+    until(lambda: not sandbox.files.exists(f"/proc/{handle.pid}"), "the command itself has exited")
     assert [process.pid for process in sandbox.commands.list()] == [handle.pid]
     sandbox.commands.run("pkill sleep")
     assert handle.wait().exit_code == 0
