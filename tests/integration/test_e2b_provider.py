@@ -6,6 +6,7 @@ What it does when all is well is in tests/contracts/test_sandbox.py.
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -270,10 +271,48 @@ except SandboxError as error:
         subprocess.Popen([sys.executable, "-c", script, sandbox.id], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(3)
     ]
-    given = str(server.environment).replace("'", '"').encode()
+    given = json.dumps(server.environment).encode()
     ends = sorted(child.communicate(given, timeout=60)[0].decode().strip() for child in children)
     assert ends == ["sandbox_error", "sandbox_error", "started"]
     assert sandbox.read("log", max_bytes=100) == b"ran\n"
+
+
+def test_whoever_starts_waits_for_another_one_that_is_starting(server: E2bServer, sandbox: E2BSandbox) -> None:
+    hold = f"import fcntl, os, time; f = open('{inside.FOLDER}/started.lock', 'w'); fcntl.flock(f, fcntl.LOCK_EX)\n"
+    hold += "open('held', 'w').write('x')\nwhile not os.path.exists('release'): time.sleep(0.01)"
+    holder = threading.Thread(target=lambda: sandbox.run([sandbox.python, "-c", hold], timeout_s=60))
+    holder.start()
+    until(lambda: sandbox.read("held", max_bytes=1), "nobody holds the lock")
+    ends: list[str] = []
+
+    def begin() -> None:
+        try:
+            sandbox.start(["sh", "-c", "echo ran >> log"], env={})
+            ends.append("started")
+        except SandboxError:
+            ends.append("refused")
+
+    starters = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in starters:
+        thread.start()
+    until(lambda: server.stats()["streams"] == 3, "somebody did not wait")
+    for _ in range(5):  # longer than a start that waits for nobody
+        assert not sandbox.alive() and not ends
+    sandbox.write("release", b"x")
+    for thread in [*starters, holder]:
+        thread.join(30)
+    assert sorted(ends) == ["refused", "started"]
+
+
+def test_a_started_command_keeps_nothing_open_of_those_who_started_it(server: E2bServer, sandbox: E2BSandbox) -> None:
+    request: dict[str, object] = {"do": "start", "command": ["sleep", "600"], "env": {}, "token": "t"}
+    done = sandbox._attach().commands.run(  # pyright: ignore[reportPrivateUsage]
+        f"exec 9>&1; exec {inside.FOLDER}/python -I -S {inside.FOLDER}/inside.py",
+        envs={inside.REQUEST: json.dumps(request)},
+        timeout=15,
+    )
+    assert json.loads(done.stdout) == {"started": True}
+    assert sandbox.alive()
 
 
 def test_a_file_whose_upload_is_cut_is_whole_or_not_there(server: E2bServer, sandbox: E2BSandbox) -> None:
@@ -481,7 +520,12 @@ def test_what_the_process_has_in_its_environment_is_not_mixed_in(
     monkeypatch.setenv("E2B_API_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("E2B_SANDBOX_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("E2B_DEBUG", "true")
-    assert E2BProvider(server.environment).create(metadata={}).run(["true"], timeout_s=20).exit_code == 0
+    provider = E2BProvider(server.environment)
+    sandbox = provider.connect(provider.create(metadata={}).id)
+    assert sandbox.run(["true"], timeout_s=20).exit_code == 0
+    sandbox.kill()
+    with pytest.raises(SandboxGone):
+        sandbox.alive()
     novita = NovitaProvider({"NOVITA_API_KEY": "nvta_x"})._api  # pyright: ignore[reportPrivateUsage]
     assert novita.options()["api_url"] == "https://api.us-phx-1.sandbox.novita.ai"
     assert novita._data_url("i1", None) == "https://49983-i1.us-phx-1.sandbox.novita.ai"  # pyright: ignore[reportPrivateUsage]
@@ -596,8 +640,6 @@ def doctor(server: E2bServer, tmp_path: Path, *arguments: str, **env: str) -> su
 
 
 def test_the_doctor_tries_a_provider_tells_each_step_and_leaves_nothing(server: E2bServer, tmp_path: Path) -> None:
-    import json
-
     out, err = (process := doctor(server, tmp_path, "--provider", "e2b", "--json")).communicate(timeout=110)
     findings = json.loads(out)
     assert process.returncode == 0, (err, [finding for finding in findings if not finding["ok"]])
