@@ -43,6 +43,11 @@ TASK_OPTIONS = (
     click.option("--model", help="Model for the agent."),
     click.option("--verify", help="Shell command that passes if the result is right; run in a clean checkout."),
     click.option("--setup", help="Shell command that is run in the repository before the agent."),
+    click.option(
+        "--on-interrupt",
+        type=click.Choice(["resume", "restart", "fail"]),
+        help="When its sandbox dies: go on from the last checkpoint (resume), begin again, or fail.",
+    ),
     click.option("--timeout-minutes", type=float, help="How long the agent may run (60)."),
     click.option("--max-turns", type=int, help="How many turns it may take."),
     click.option("--max-budget-usd", type=float, help="What it may spend."),

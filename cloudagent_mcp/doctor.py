@@ -18,8 +18,8 @@ from cloudagent_mcp.embedded import running_worker
 from cloudagent_mcp.settings import Settings
 from cloudagent_queue import git
 from cloudagent_queue.agents import open_agent
-from cloudagent_queue.sandboxes import Resources
 from cloudagent_queue.sandboxes.contract import CHECKS, Check, Trial, name_of
+from cloudagent_queue.sandboxes.prices import Prices
 from cloudagent_storage.errors import CloudAgentError, ProviderBroken, SandboxUnavailable, Unavailable
 from cloudagent_storage.records import Record
 
@@ -38,10 +38,6 @@ class Finding(Record):
     """Of the sandboxes that lived meanwhile, by list price; None where that is not known."""
 
 
-CostUsd = Callable[[str, Resources | None, float], float | None]
-"""What a sandbox of a provider and of that size costs in so many seconds, if anybody knows."""
-
-
 def examine(settings: Settings) -> Generator[Finding]:
     """Check everything; one check that fails does not end the others."""
     app = App(settings)
@@ -52,6 +48,7 @@ def examine(settings: Settings) -> Generator[Finding]:
         ("queue", lambda: app.queue.check()),
         ("git", lambda: git.run("--version", folder=Path("/")).text.removeprefix("git ")),
         *[(f"sandbox {name}", lambda name=name: app.open_provider(name).self_check()) for name in app.providers],
+        ("prices", lambda: _prices(app)),
         ("agent", lambda: _agent_in_sandbox(app)),
         ("credential", lambda: _credential(settings, agent.check_credential)),
         ("worker", lambda: _worker(settings)),
@@ -61,15 +58,13 @@ def examine(settings: Settings) -> Generator[Finding]:
     app.close()
 
 
-def examine_provider(
-    settings: Settings, name: str, *, cost_usd: CostUsd = lambda provider, resources, seconds: None
-) -> Generator[Finding]:
+def examine_provider(settings: Settings, name: str) -> Generator[Finding]:
     """Try a sandbox provider with the account that is configured, one sandbox or two at a time.
 
     Every sandbox that was made is killed at the end, also when the caller stops in the middle.
-    Raises `UnknownProvider`.
+    Raises `UnknownProvider`, and `InvalidInput` for a table of prices that cannot be used.
     """
-    provider = App(settings).open_provider(name)
+    provider, prices = App(settings).open_provider(name), Prices.read(settings.sandbox_prices)
     yield (account := _find("the account can be used", provider.self_check))
     if not account.ok:
         return
@@ -83,7 +78,7 @@ def examine_provider(
     def bill(since: float) -> float | None:
         now = time.monotonic()
         parts = [
-            cost_usd(name, life.resources, max(0.0, (life.ended or now) - max(life.began, since)))
+            prices.cost_usd(name, life.resources, max(0.0, (life.ended or now) - max(life.began, since)))
             for life in trial.lives.values()
         ]
         known = [part for part in parts if part is not None]
@@ -153,6 +148,11 @@ def _data_folder(settings: Settings) -> str:
 def _database(app: App) -> str:
     app.store.check()
     return f"{app.settings.store_url.partition(':')[0]}, {app.store.tasks.unfinished()} tasks unfinished"
+
+
+def _prices(app: App) -> str:
+    prices = Prices.read(app.settings.sandbox_prices)
+    return "; ".join(map(prices.told, app.providers))
 
 
 def _agent_in_sandbox(app: App) -> str:

@@ -108,6 +108,7 @@ def show_task(task: dict[str, Any]) -> None:
         "model": task["model"],
         "changes": _changes(artifacts) if artifacts else None,
         "cost": f"${usage['cost_usd']:.4f}, {usage['turns']} turns" if usage["turns"] else None,
+        "sandbox": _sandbox_cost(usage),
         "error": f"{task['error']['code']}: {task['error']['message']}" if task["error"] else None,
         "summary": cut(result.get("summary"), LINE_MAX),
     }
@@ -357,6 +358,14 @@ def _verdict(task: dict[str, Any]) -> Text:
 def _changes(artifacts: dict[str, Any]) -> str:
     files = artifacts["files_changed"]
     return f"{files} {'file' if files == 1 else 'files'}, +{artifacts['insertions']} -{artifacts['deletions']}"
+
+
+def _sandbox_cost(usage: dict[str, Any]) -> str | None:
+    if not usage["sandbox_seconds"]:
+        return None
+    # A server of an earlier version did not count it.
+    cost = usage.get("sandbox_cost_usd")
+    return f"{'cost not known' if cost is None else f'${cost:.4f}'}, {_duration(usage['sandbox_seconds'])}"
 
 
 def _short(task: dict[str, Any]) -> str:

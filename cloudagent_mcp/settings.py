@@ -40,6 +40,8 @@ class Settings(BaseModel):
     sandbox_template: str | None = None
     sandbox_session_minutes: int = Field(default=60, ge=5, le=1440)
     """The longest life of a remote sandbox: what the account's plan allows."""
+    sandbox_prices: Path | None = None
+    """A file with prices of sandboxes, in place of list prices; `sandboxes/prices.toml` tells its form."""
     admin_api_key: SecretStr | None = None
     encryption_key: SecretStr | None = None
     """Seals credentials at rest; separated by commas, newest first. A key file in the data folder where it is unset."""

@@ -16,9 +16,11 @@ from cloudagent_mcp import __version__
 from cloudagent_mcp.app import App
 from cloudagent_mcp.embedded import IDLE_S, only_worker, stop_when_idle
 from cloudagent_queue.lease import Timers
-from cloudagent_queue.run import Worker, run_waiting
+from cloudagent_queue.run import run_waiting
 from cloudagent_queue.sandboxes import place_of
+from cloudagent_queue.sandboxes.prices import Prices
 from cloudagent_queue.sweep import Kept, sweep_forever
+from cloudagent_queue.worker import Worker
 from cloudagent_storage.errors import CloudAgentError
 from cloudagent_storage.store import Store
 
@@ -62,6 +64,7 @@ def work(
             place=place_of(settings.cloudagent_home),
             store=app.store,
             keyring=settings.keyring,
+            providers=app.providers,
             open_provider=provider,
             deployment=deployment(settings.store_url),
             cache_folder=settings.cloudagent_home / "repositories",
@@ -69,6 +72,7 @@ def work(
             ring=functools.partial(_ring, app),
             stopping=stopping,
             timers=timers,
+            prices=Prices.read(settings.sandbox_prices),
             running_max=settings.account_running_max,
         )
         count = concurrency or settings.worker_concurrency

@@ -36,6 +36,8 @@ _EXECUTES: Sequence[str] = (
     *[".husky", ".githooks", ".pre-commit-config.yaml", "lefthook.y*ml", ".lefthook.y*ml"],
     *[".envrc", ".env", ".env.*", "mise.toml", ".mise.toml", ".mise", ".gitattributes", ".gitmodules", ".gitconfig"],
     *[".npmrc", ".yarnrc*", "pip.conf", "*.pth", "sitecustomize.py", "usercustomize.py"],
+    # What later tasks run before their agents, reach, and are verified by.
+    ".cloudagent.toml",
 )
 _ORDINARY_WORK: Sequence[str] = ("conftest.py", "setup.py", "makefile", "gnumakefile", "package.json")
 

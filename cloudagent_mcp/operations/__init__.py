@@ -237,7 +237,7 @@ def _shown(name: str) -> str:
     return "".join(c if unicodedata.category(c)[0] in "LN" or c in "_-" else "?" for c in name[:40])
 
 
-UNTOLD = frozenset({"minLength", "maxLength", "minItems", "maxItems", "pattern", "writeOnly"})
+UNTOLD = frozenset({"additionalProperties", "minLength", "maxLength", "minItems", "maxItems", "pattern", "writeOnly"})
 
 
 def plain_schema(schema: Any, *, of_arguments: bool) -> Any:

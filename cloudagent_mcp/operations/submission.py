@@ -38,7 +38,6 @@ def check_task(asked: Mapping[str, Any], providers: Sequence[str]) -> TaskSpec:
         raise UnknownProvider(remedy=f"Choose one of: {', '.join(providers)}.")
     chosen = {
         "title": title_of(prompt, asked["title"]),
-        "provider": asked["provider"] or providers[0],
         "tags": tuple(asked["tags"]),
         "repository": "none",
     }

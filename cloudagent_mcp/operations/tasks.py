@@ -25,6 +25,7 @@ from cloudagent_storage.records import (
     Idempotency,
     Level,
     LogPage,
+    OnInterrupt,
     Place,
     Record,
     Task,
@@ -155,6 +156,7 @@ class Tasks:
             str | None,
             Field(max_length=10_000, description="Shell command that is run in the repository before the agent."),
         ] = None,
+        on_interrupt: Annotated[OnInterrupt, Field(description="What follows its sandbox's death.")] = "resume",
         timeout_minutes: Annotated[float, Field(gt=0, le=1440, description="How long the agent may run.")] = 60.0,
         max_turns: Annotated[int | None, Field(ge=1, le=10_000, description="How many turns it may take.")] = None,
         max_budget_usd: Annotated[float | None, Field(gt=0, le=10_000, description="What it may spend.")] = None,
@@ -185,6 +187,7 @@ class Tasks:
             "model": model,
             "verify": verify,
             "setup": setup,
+            "on_interrupt": on_interrupt,
             "timeout_minutes": timeout_minutes,
             "max_turns": max_turns,
             "max_budget_usd": max_budget_usd,
@@ -210,6 +213,8 @@ class Tasks:
             spec.model_copy(update={"repository": source.repository}),
             task_id=task_id,
             base_sha=source.base_sha,
+            config=source.config,
+            manifests=source.manifests,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
             git_credentials=self._sealed_for_git(task_id, tokens),
             blobs={"input": source.bundle} if source.bundle is not None else {},
@@ -310,6 +315,7 @@ class Tasks:
             raise NotReady()
         spec = self._store.tasks.spec(caller.account_id, task_id)
         bundle = self._store.blobs.get(caller.account_id, task_id, "input")
+        config, manifests = self._store.tasks.settings(caller.account_id, task_id)
         environment = self._credentials.for_agent(caller, open_agent(spec.agent), None)
         again = new_id("task")
         task = self._store.tasks.add(
@@ -318,6 +324,8 @@ class Tasks:
             task_id=again,
             # Of a remote repository it is fetched anew, unless it was fetched before.
             base_sha=earlier.base_sha if bundle is not None else None,
+            config=config if bundle is not None else None,
+            manifests=manifests if bundle is not None else None,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=again),
             git_credentials=self._sealed_for_git(again, self._credentials.for_git(caller, None)),
             blobs={"input": bundle} if bundle is not None else {},

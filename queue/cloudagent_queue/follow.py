@@ -37,6 +37,7 @@ FAILED_BY: dict[str, TaskErrorCode] = {
     "repository_too_large": "repository_unreachable",
     "credentials_in_url": "repository_unreachable",
     "ref_not_found": "repository_unreachable",
+    "invalid_repository_config": "setup_failed",
     "credential_missing": "credential_missing",
     "sandbox_unavailable": "sandbox_unavailable",
 }
@@ -52,6 +53,8 @@ class Ending:
     usage: Usage | None = None
     model: str | None = None
     """The model that spoke, as the agent names it."""
+    stopped: bool = False
+    """Did it end because it was asked to?"""
 
     @classmethod
     def failed(cls, code: TaskErrorCode, message: str, remedy: str) -> Ending:
@@ -105,7 +108,8 @@ def read_result(sandbox: Sandbox) -> Ending | None:
             code = known
     message = error.get("message")
     text = message[:2000] if isinstance(message, str) and message else "The agent ended without saying why."
-    return Ending(TaskStatus.FAILED, TaskError(code=code, message=text, remedy=REMEDIES[code]), summary, usage, model)
+    why = TaskError(code=code, message=text, remedy=REMEDIES[code])
+    return Ending(TaskStatus.FAILED, why, summary, usage, model, stopped=result.get("outcome") == "stopped")
 
 
 class LogReader:

@@ -5,8 +5,8 @@
                                     the end because the runner was killed
 
 The working directory is the sandbox's root. `request.json` holds `prompt`, `cwd`, and, each may be null or absent,
-`resume` (a session's id), `model`, `max_turns`, `max_budget_usd`, `checkpoint_seconds`, `system_append`. The user's
-words never get onto a command line.
+`resume` (the id of the session in run/earlier_session.json), `used` (what is added to the usage), `model`, `max_turns`,
+`max_budget_usd`, `system_append`. The user's words never get onto a command line.
 
 `result.json` is `{outcome: completed|failed|stopped, error: {code, message}|null, summary, session_id, model, usage}`.
 Claude Code counts cost, tokens and model time over a session's whole life, so they go on where a resumed one stopped.
@@ -20,9 +20,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import re
 import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -143,7 +142,6 @@ class Run:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._watch)
             tasks.start_soon(self._obey_signals)
-            tasks.start_soon(self._keep_checkpoints)
             with self.talk:
                 try:
                     await self.client.connect(self._prompts())
@@ -242,13 +240,15 @@ class Run:
             self.result = message
             self.session_id = message.session_id
             self.turns += message.num_turns
-            self.usage = count(message, self.turns)
+            counted = count(message, self.turns)
+            used: Mapping[str, float] = self.request.get("used") or {}
+            self.usage = {name: value + used.get(name, 0) for name, value in counted.items()}
             if message.user_message_uuids is not None:
                 self.unanswered.difference_update(message.user_message_uuids)
             elif message.origin is None:
                 self.unanswered.clear()  # a result that names no message, and was not caused by work in the background
             tokens = f"{self.usage['input_tokens']:,} input and {self.usage['output_tokens']:,} output tokens"
-            line = f"So far {tokens}, turns: {self.turns}, cost: ${self.usage['cost_usd']:.4f}"
+            line = f"So far {tokens}, turns: {self.usage['turns']}, cost: ${self.usage['cost_usd']:.4f}"
             self.log.add("usage", line, raw={**jsonable(message), "usage": self.usage})
             if message.is_error:
                 if not self.stopping and not self.rejected:
@@ -290,44 +290,6 @@ class Run:
             "model": self.model,
             "usage": self.usage,
         }
-
-    async def _keep_checkpoints(self) -> None:
-        last = await self._snapshot()
-        while True:
-            await anyio.sleep(self.request.get("checkpoint_seconds") or 180)
-            if (now := await self._snapshot()) is None or now == last:
-                continue
-            head, tree = last = now
-            parent = ["-p", head] if head else []
-            commit = await self._git("commit-tree", tree, *parent, "-m", "Work in progress")
-            if commit and await self._git("update-ref", "refs/cloudagent/checkpoint", commit) is not None:
-                self.log.add(
-                    "status", "Kept a checkpoint of the work in progress.", level="debug", raw={"commit": commit}
-                )
-
-    async def _snapshot(self) -> tuple[str, str] | None:
-        """HEAD ("" before the first commit) and the tree of all that is there; None when git could not tell."""
-        head = await self._git("rev-parse", "-q", "--verify", "HEAD^{commit}") or ""
-        # What HEAD tracks may be ignored, and `add` alone would skip it.
-        if head and await self._git("read-tree", "-m", head) is None:
-            return None
-        if await self._git("add", "-A") is None or not (tree := await self._git("write-tree")):
-            return None  # a file vanished while it was read: the next checkpoint will do
-        return head, tree
-
-    async def _git(self, *arguments: str) -> str | None:
-        """Git with an index of its own, so that the agent's index, HEAD and files stay as they are. None: it failed."""
-        git = shutil.which("git") or "git"
-        who = {"NAME": "cloudagent", "EMAIL": "cloudagent@localhost"}
-        env = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in who.items()}
-        env |= {"PATH": str(Path(git).parent) + ":/usr/bin:/bin", "HOME": str(CONFIG.resolve())}
-        env |= {"GIT_INDEX_FILE": str((RUN / "checkpoint.index").resolve())}
-        command = [git, "-c", "safe.directory=*", "-c", "core.hooksPath=/dev/null", *arguments]
-        try:
-            done = await anyio.run_process(command, cwd=self.cwd, env=env, stderr=subprocess.DEVNULL, check=False)
-        except OSError:
-            return None
-        return done.stdout.decode().strip() if done.returncode == 0 else None
 
 
 async def converse(request: Mapping[str, Any], log: Log) -> dict[str, Any]:
@@ -462,6 +424,16 @@ def end_agent() -> None:
         time.sleep(0.02)
 
 
+def place_session(cwd: Path) -> None:
+    """Put the files of an earlier conversation where Claude Code looks for them: its project is named after `cwd`."""
+    files = json.loads((RUN / "earlier_session.json").read_bytes())["files"]
+    project = CONFIG / "projects" / re.sub("[^a-zA-Z0-9]", "-", str(cwd))
+    for name, text in files.items():
+        path = project / name.partition("/")[2]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("utf-8", "replace"))
+
+
 def collect_session() -> None:
     """Write the conversation's files to run/session.json; the main one first, others while there is room."""
     session_id = SESSION_ID.read_text() if SESSION_ID.exists() else ""
@@ -470,6 +442,8 @@ def collect_session() -> None:
     beside = [path for file in main for path in sorted(file.with_suffix("").rglob("*")) if path.is_file()]
     for path in main + beside:
         content = path.read_bytes()
+        if path.suffix == ".jsonl":
+            content = content[: content.rfind(b"\n") + 1]  # a line that is being written is left for the next time
         if len(content) <= room:
             room -= len(content)
             files[str(path.relative_to(projects))] = content.decode("utf-8", "replace")
@@ -491,7 +465,10 @@ def main(arguments: list[str]) -> int:
     end_agent()  # an earlier runner's: there is never more than one
     log = Log()
     try:
-        result = anyio.run(converse, json.loads((RUN / "request.json").read_bytes()), log)
+        request = json.loads((RUN / "request.json").read_bytes())
+        if request.get("resume"):
+            place_session(Path(request["cwd"]).resolve())
+        result = anyio.run(converse, request, log)
     except Exception as error:
         message = describe(error)
         log.add("error", message, level="error")

@@ -136,6 +136,8 @@ def _draft(keyring: Keyring, held: HeldSchedule) -> TaskDraft:
         task_id=task_id,
         base_sha=source.base_sha,
         bundle=source.bundle,
+        config=source.config,
+        manifests=source.manifests,
         credentials=keyring.seal(json.dumps(kept["agent"]).encode(), bound_to=task_id),
         git_credentials=keyring.seal(json.dumps(kept["git"]).encode(), bound_to=bound_for_git(task_id))
         if kept["git"]

@@ -10,7 +10,7 @@
       - InvalidCron, NeverFires, TooFrequent, UnknownTimezone
     + repository
       - RepositoryNotAllowed, RepositoryNotFound, RepositoryUnreachable, RepositoryEmpty, CredentialsInUrl
-      - InvalidRef, RefNotFound, RepositoryTooLarge
+      - InvalidRef, RefNotFound, RepositoryTooLarge, InvalidRepositoryConfig
   x NotFound
     + TaskNotFound, ScheduleNotFound, KeyNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
@@ -27,6 +27,7 @@
     + ProviderBroken            its sandboxes do not do what the contract of all providers asks for
     + SandboxUnavailable        no sandbox can be made at all
       - ProviderBusy            not now: later, or by another provider
+      - TemplateNotFound
   x SandboxError                about one sandbox
     + SandboxGone               it is confirmed dead: make a new one
     + SandboxUnreachable        it may live, and the work is in it: never replace it
@@ -248,6 +249,13 @@ class RefNotFound(InvalidInput):
     code = "ref_not_found"
     remedy = "Pass the name of a branch or tag that exists."
     field = "base_ref"
+
+
+class InvalidRepositoryConfig(InvalidInput):
+    """The repository's `.cloudagent.toml` cannot be used."""
+
+    code = "invalid_repository_config"
+    remedy = "Correct the file; docs/repository-settings.md tells what may stand in it."
 
 
 class NotFound(CloudAgentError):
@@ -508,6 +516,15 @@ class ProviderBusy(SandboxUnavailable):
         super().__init__(message, remedy=remedy)
         self.retry_after_s = retry_after_s
         """How long the provider asks to be left alone, if it says so."""
+
+
+class TemplateNotFound(SandboxUnavailable):
+    """The sandbox provider has no template of that name."""
+
+    code = "template_not_found"
+    remedy = (
+        "Correct SANDBOX_TEMPLATE, or build one with `ca template build`. It belongs to one account and one region."
+    )
 
 
 class SandboxError(CloudAgentError):

@@ -123,8 +123,12 @@ TaskErrorCode = Literal[
     "internal",
 ]
 
-BlobKind = Literal["input", "result", "diff", "session"]
-"""`input` and `result` are git bundles, `diff` is text, `session` is JSON of the agent's transcript files."""
+BlobKind = Literal["input", "checkpoint", "result", "diff", "session"]
+"""`input`, `checkpoint` (of a task that runs) and `result` are git bundles, `diff` is text, `session` is JSON of the
+agent's transcript files."""
+
+OnInterrupt = Literal["resume", "restart", "fail"]
+"""What becomes of a task whose sandbox dies: it goes on from its last checkpoint, starts again, or fails."""
 
 
 class Priority(StrEnum):
@@ -153,6 +157,7 @@ class TaskSpec(Record):
     provider: str | None = None
     verify: str | None = None
     setup: str | None = None
+    on_interrupt: OnInterrupt = "resume"
     timeout_minutes: float = 60.0
     max_turns: int | None = None
     max_budget_usd: float | None = None
@@ -208,7 +213,8 @@ class Usage(Record):
     turns: int = 0
     model_ms: int = 0
     sandbox_seconds: float = 0.0
-    sandbox_cost_usd: float = 0.0
+    sandbox_cost_usd: float | None = None
+    """None where nobody knows what its provider asks for; what costs nothing is 0."""
 
 
 class TaskError(Record):
@@ -324,6 +330,10 @@ class Claim(Record):
     """Committed before a sandbox is created; a sandbox that carries it belongs to this task."""
     sandbox_place: str | None
     """Where that sandbox is, if only workers of that place reach it."""
+    sandbox_age_s: float = 0.0
+    """How old it was when the task was claimed."""
+    sandbox_losses: int = 0
+    """How many sandboxes have died under this task."""
     log_offset: int
     """How far into the runner's log the store has read, in bytes."""
     running_seconds: float
@@ -332,6 +342,10 @@ class Claim(Record):
     """The task's sealed credentials (see secrets.py)."""
     git_credentials: bytes | None = None
     """The same, for git alone: the agent never sees them."""
+    config: bytes | None = None
+    """The repository's `.cloudagent.toml`, once its files are kept; None where it has none."""
+    manifests: str | None = None
+    """A digest of the files that decide what its set-up installs, once they are known."""
     cancel_requested: bool
 
 
@@ -404,6 +418,9 @@ class TaskDraft(Record):
     base_sha: str | None = None
     bundle: bytes | None = None
     """The `input` blob."""
+    config: bytes | None = None
+    manifests: str | None = None
+    """As a `Claim` has them."""
     credentials: bytes | None = None
     """Sealed and bound to the task's id."""
     git_credentials: bytes | None = None
@@ -469,6 +486,17 @@ class HeldSchedule(Record):
     """Sealed and bound to the schedule's id (see secrets.py)."""
     unfinished_task_id: str | None
     """A task of this schedule that has not ended."""
+
+
+class KeptTemplate(Record):
+    """What a provider's sandboxes can start from, with a set-up already done in it."""
+
+    account_id: str
+    provider: str
+    key: str
+    """What it was made from (see `setup_key`)."""
+    template: str
+    """The provider's own name of it."""
 
 
 class Account(Record):

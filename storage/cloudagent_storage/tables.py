@@ -143,7 +143,14 @@ class TaskRow(Model):
     """A task that was given back since something did not answer is left alone until then."""
     sandbox_place = Text(null=True)
     """Where the sandbox is, if only workers of that place reach it."""
+    sandbox_made_at = Utc(null=True)
+    sandbox_losses = IntegerField(null=True)
+    """How many sandboxes have died under this task; null in rows of the version before."""
     retry_of = CharField(40, null=True)
+    config = BlobField(null=True)
+    """The repository's own settings: the file as it was at the base."""
+    manifests = CharField(64, null=True)
+    """A digest of what decides what its set-up installs."""
     expired_at = Utc(null=True)
     """Since when its log and blobs count as gone; they are deleted after that, in small steps."""
     kept_bytes = BigIntegerField(null=True)
@@ -254,6 +261,20 @@ class ScheduleRunRow(Model):
         primary_key = CompositeKey("schedule_id", "due_at")
 
 
+class TemplateRow(Model):
+    account_id = CharField(64)
+    provider = CharField(64)
+    key = CharField(64)
+    template = Text()
+    """The provider's own name of it."""
+    created_at = Utc()
+    last_used_at = Utc()
+
+    class Meta:
+        primary_key = CompositeKey("account_id", "provider", "key")
+        indexes = ((("last_used_at",), False),)
+
+
 M = TypeVar("M", bound=Model)
 
 
@@ -276,8 +297,9 @@ class Tables:
         self.api_keys = bound(ApiKeyRow, "api_keys")
         self.schedules = bound(ScheduleRow, "schedules")
         self.schedule_runs = bound(ScheduleRunRow, "schedule_runs")
+        self.templates = bound(TemplateRow, "templates")
 
     @property
     def all(self) -> tuple[type[Model], ...]:
         of_tasks = (self.accounts, self.tasks, self.events, self.blobs, self.messages)
-        return (*of_tasks, self.workers, self.api_keys, self.schedules, self.schedule_runs)
+        return (*of_tasks, self.workers, self.api_keys, self.schedules, self.schedule_runs, self.templates)

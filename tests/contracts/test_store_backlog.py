@@ -116,7 +116,8 @@ def test_a_task_that_poisons_its_workers_is_passed_over_for_the_next(store: Stor
 
 def in_a_sandbox_at(store: Store, place: str) -> str:
     claim = claimed(store, submit(store))
-    store.tasks.update(claim.task.task_id, claim.attempt, sandbox_id="sbx", sandbox_place=place)
+    store.tasks.begin_sandbox(claim.task.task_id, claim.attempt, nonce="nonce", provider="local", place=place)
+    store.tasks.update(claim.task.task_id, claim.attempt, sandbox_id="sbx")
     store.tasks.release(claim.task.task_id, claim.attempt)
     return claim.task.task_id
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from datetime import timedelta
 
 import pytest
 
@@ -199,12 +200,12 @@ def test_a_renewed_lease_is_held(store: Store) -> None:
 def test_the_next_attempt_goes_on_where_the_last_one_stopped(store: Store) -> None:
     task_id = queued(store)
     first = claimed(store, task_id, lease_s=EXPIRED)
+    store.tasks.begin_sandbox(task_id, first.attempt, nonce="nonce-1", provider="local", place="here")
     store.tasks.update(
         task_id,
         first.attempt,
         phase=Phase.AGENT,
         sandbox_id="sandbox-1",
-        sandbox_nonce="nonce-1",
         base_sha="abc",
         provider="local",
         model="m",
@@ -220,6 +221,7 @@ def test_the_next_attempt_goes_on_where_the_last_one_stopped(store: Store) -> No
     )
     second = claimed(store, task_id)
     assert (second.attempt, second.sandbox_id, second.sandbox_nonce) == (2, "sandbox-1", "nonce-1")
+    assert (second.sandbox_place, second.sandbox_losses) == ("here", 0)
     assert (second.log_offset, second.running_seconds, second.credentials) == (120, 12.5, b"sealed")
     assert (second.task.phase, second.task.base_sha, second.task.provider) == (Phase.AGENT, "abc", "local")
     assert (second.task.model, second.task.usage) == ("m", Usage(turns=3, cost_usd=0.25))
@@ -461,11 +463,52 @@ def test_unfinished_counts_what_has_not_ended(store: Store) -> None:
     assert store.tasks.unfinished() == 2
 
 
+def test_of_an_earlier_sandbox_nothing_is_left_when_a_new_one_is_begun(store: Store) -> None:
+    claim = claimed(store, lease_s=EXPIRED)
+    task_id = claim.task.task_id
+    store.tasks.begin_sandbox(task_id, claim.attempt, nonce="first", provider="local", place="there")
+    store.tasks.update(task_id, claim.attempt, sandbox_id="sandbox-1", sandbox_losses=2)
+    store.tasks.follow(task_id, claim.attempt, [line("one")], log_offset=120, lease_s=60)
+    store.tasks.begin_sandbox(task_id, claim.attempt, nonce="second", provider="local", place=None)
+    assert not store.tasks.owns_sandbox(task_id, "sandbox-1", "first")
+    assert store.tasks.owns_sandbox(task_id, "", "second")
+    store.tasks.release(task_id, claim.attempt)
+    again = claimed(store, task_id)
+    assert (again.sandbox_id, again.sandbox_nonce, again.sandbox_place, again.log_offset) == (None, "second", None, 0)
+    assert again.sandbox_losses == 2
+    with pytest.raises(LeaseLost):
+        store.tasks.begin_sandbox(task_id, claim.attempt, nonce="late", provider="local", place=None)
+
+
+def test_a_claim_tells_how_old_the_sandbox_is(store: Store) -> None:
+    claim = claimed(store)
+    assert claim.sandbox_age_s == 0
+    store.tasks.begin_sandbox(claim.task.task_id, claim.attempt, nonce="nonce", provider="local", place=None)
+    a_second_later = store.now() + timedelta(seconds=1)
+    while store.now() < a_second_later:
+        pass
+    store.tasks.release(claim.task.task_id, claim.attempt)
+    assert 1.0 <= claimed(store, claim.task.task_id, lease_s=3600).sandbox_age_s < 60
+
+
+def test_blobs_are_kept_together_and_dropped_by_whoever_has_the_task(store: Store) -> None:
+    claim = claimed(store)
+    task_id = claim.task.task_id
+    store.blobs.put_all(task_id, {"checkpoint": b"bundle", "session": b"{}"}, attempt=claim.attempt)
+    assert store.blobs.get(LOCAL_ACCOUNT, task_id, "session") == b"{}"
+    with pytest.raises(LeaseLost):
+        store.blobs.drop(task_id, ["checkpoint"], attempt=claim.attempt + 1)
+    assert store.blobs.get(LOCAL_ACCOUNT, task_id, "checkpoint") == b"bundle"
+    store.blobs.drop(task_id, ["checkpoint"], attempt=claim.attempt)
+    assert store.blobs.get(LOCAL_ACCOUNT, task_id, "checkpoint") is None
+    assert store.blobs.get(LOCAL_ACCOUNT, task_id, "session") == b"{}"
+
+
 def test_a_sandbox_belongs_to_a_task_by_its_id_or_by_the_nonce(store: Store) -> None:
     claim = claimed(store)
     task_id = claim.task.task_id
     assert not store.tasks.owns_sandbox(task_id, "", "")
-    store.tasks.update(task_id, claim.attempt, sandbox_nonce="nonce")
+    store.tasks.begin_sandbox(task_id, claim.attempt, nonce="nonce", provider="local", place=None)
     assert store.tasks.owns_sandbox(task_id, "sandbox", "nonce")
     assert not store.tasks.owns_sandbox(task_id, "sandbox", "other")
     store.tasks.update(task_id, claim.attempt, sandbox_id="sandbox")

@@ -15,6 +15,8 @@ import pytest
 
 from cloudagent_mcp.client import LocalClient
 from cloudagent_mcp.scripted_model import Rule, ScriptedModel, Text, ToolUse, Turn
+from cloudagent_queue.sandboxes import open_provider
+from cloudagent_storage.records import LOCAL_ACCOUNT
 from tests.support.worlds import FAST, World, git, until
 
 TEST = "python3 -m unittest -q"
@@ -358,7 +360,30 @@ def test_a_set_up_that_fails_ends_the_task_before_any_model_is_asked(world: Worl
         assert not model.requests
 
 
-def test_a_sandbox_that_vanishes_fails_the_task_instead_of_hanging(world: World, repo: Path) -> None:
+def test_the_conversation_and_the_files_go_on_in_another_sandbox_when_the_first_dies(world: World, repo: Path) -> None:
+    go_on = Rule(prompt="Your sandbox came to its end", turns=(do(bash("echo ended >> begun.txt")), say("Went on.")))
+    with ScriptedModel([go_on, FOREVER]) as model:
+        world = world.with_model(model.environment())
+        world.start_worker(checkpoint_s=0.5)
+        with world.client(repo) as client:
+            task_id = submit(client, "Never end", verify="printf 'begun\\nended\\n' | cmp - begun.txt")
+            seen(world, client, task_id, "Bash: echo begun")
+            store = world.app().store
+            until(lambda: store.blobs.get(LOCAL_ACCOUNT, task_id, "checkpoint"), "a checkpoint of the file")
+            provider = open_provider("local", data_folder=world.home)
+            (found,) = provider.list({"task": task_id})
+            provider.connect(found.id).kill()
+            task = world.wait(client, task_id)
+            assert (task["status"], task["verdict"]) == ("completed", "passed"), task
+            assert task["result"]["summary"] == "Went on."
+            lines = world.log(client, task_id)
+            assert_whole(lines)
+            assert "The sandbox died. The task goes on in a new one." in [line["message"] for line in lines]
+            said = json.dumps(model.requests[-1].body["messages"])
+            assert "Never end" in said and "Your sandbox came to its end" in said, "it remembers what was said before"
+
+
+def test_an_agent_whose_process_dies_fails_the_task_instead_of_hanging(world: World, repo: Path) -> None:
     with ScriptedModel([FOREVER]) as model:
         world = world.with_model(model.environment())
         world.start_worker()
@@ -369,7 +394,7 @@ def test_a_sandbox_that_vanishes_fails_the_task_instead_of_hanging(world: World,
                 with contextlib.suppress(psutil.NoSuchProcess):  # the first takes the others with it
                     process.kill()
             task = world.wait(client, task_id)
-            assert task["status"] == "failed" and task["error"]["code"] in ("interrupted", "sandbox_lost")
+            assert (task["status"], task["error"]["code"]) == ("failed", "interrupted")
 
 
 def test_the_credential_is_in_no_log_diff_session_or_process_list(world: World, repo: Path) -> None:

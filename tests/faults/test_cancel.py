@@ -123,7 +123,7 @@ def test_a_cancelled_task_is_cancelled_also_when_its_worker_dies_as_the_agent_ha
     on_sqlite: Installation,
 ) -> None:
     installation = on_sqlite
-    dies = Failpoint("cloudagent_queue.run:Attempt.save")
+    dies = Failpoint("cloudagent_queue.attempt:Attempt.save")
     worker = installation.start_worker(failpoints=[dies])
     task = installation.submit(steps=100)
     installation.await_calls(task, 2)

@@ -22,10 +22,11 @@ PROCESSES = "cloudagent_queue.sandboxes.processes"
 STEPS: dict[str, tuple[str, int]] = {
     # What a worker calls for a task with a set-up and a verify command, in order: the place and how many such calls.
     "claim": ("cloudagent_storage.store.backlog:Backlog.claim_next", 1),
-    # sandbox, nonce, sandbox's id, repository, base, setup, agent, save, verify, model
-    "update": (f"{TASKS}.update", 10),
+    # sandbox, sandbox's id, repository, base, setup, agent, save, verify, model
+    "update": (f"{TASKS}.update", 9),
+    "begin a sandbox": (f"{TASKS}.begin_sandbox", 1),
     "create": (f"{PROVIDER}.create", 1),
-    "half created": ("pathlib:Path.write_text", 1),
+    "half created": ("pathlib:Path.rename", 1),
     # ready, repository, set-up's output, saved, verdict
     "note": (f"{EVENTS}.add", 5),
     "check out": (f"{REPOSITORY}:check_out", 1),
@@ -41,8 +42,8 @@ STEPS: dict[str, tuple[str, int]] = {
     "end processes": (f"{SANDBOX}.end_processes", 1),
     "collect": (f"{REPOSITORY}:collect", 1),
     "inspect": (f"{REPOSITORY}:inspect", 1),
-    # result, diff
-    "keep": (f"{BLOBS}.put", 2),
+    "keep": (f"{BLOBS}.put_all", 1),
+    "drop": (f"{BLOBS}.drop", 1),
     "verify": (f"{REPOSITORY}:verify", 1),
     "finish": (f"{TASKS}.finish", 1),
     "discard": (f"{SANDBOX}.kill", 1),

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from cloudagent_queue.lease import Lease, Timers
-from cloudagent_queue.run import Worker, run_task
+from cloudagent_queue.run import run_task
 from cloudagent_queue.sandboxes import Provider, open_provider
 from cloudagent_queue.sweep import ring_again
 from cloudagent_queue.task_queue import TaskQueue
+from cloudagent_queue.worker import Worker
 from cloudagent_storage.errors import LeaseLost
 from cloudagent_storage.records import LOCAL_ACCOUNT, Phase, TaskSpec, TaskStatus
 from cloudagent_storage.secrets import Keyring, generate_key
@@ -82,13 +83,15 @@ def test_what_nobody_has_rung_for_is_put_into_the_queue(local_store: Store, tmp_
 
 def left_by_nonce(store: Store, provider: Provider, task_id: str) -> None:
     """A worker died after it had made a sandbox and before it could say so."""
-    store.tasks.update(task_id, 1, sandbox_nonce="nonce", phase=Phase.SANDBOX)
+    store.tasks.update(task_id, 1, phase=Phase.SANDBOX)
+    store.tasks.begin_sandbox(task_id, 1, nonce="nonce", provider="local", place=None)
     provider.create(metadata={"deployment": "d", "task": task_id, "nonce": "nonce"})
 
 
 def left_by_id(store: Store, provider: Provider, task_id: str) -> None:
     """A worker died while it set the repository up."""
-    store.tasks.update(task_id, 1, sandbox_nonce="nonce", phase=Phase.REPOSITORY)
+    store.tasks.update(task_id, 1, phase=Phase.REPOSITORY)
+    store.tasks.begin_sandbox(task_id, 1, nonce="nonce", provider="local", place=None)
     sandbox = provider.create(metadata={"deployment": "d", "task": task_id, "nonce": "nonce"})
     store.tasks.update(task_id, 1, sandbox_id=sandbox.id)
 
@@ -110,6 +113,7 @@ def test_a_sandbox_without_an_agent_is_gone_before_another_is_made(
         place="here",
         store=local_store,
         keyring=Keyring([generate_key()]),
+        providers=["unsafe-process"],
         open_provider=lambda _: provider,
         deployment="d",
         cache_folder=tmp_path / "repositories",

@@ -58,7 +58,7 @@ ZOMBIES = {
         Failpoint(f"{TASKS}.finish", "before", 1, "sleep:2.5"),
     ),
     "phase": (
-        Failpoint(f"{TASKS}.update", "before", 7, "freeze"),  # into `save`
+        Failpoint(f"{TASKS}.update", "before", 6, "freeze"),  # into `save`
         Failpoint("cloudagent_queue.repository:collect", "before", 1, "sleep:2.5"),
     ),
 }

@@ -185,6 +185,7 @@ SENSITIVE = [
     *[".gitlab-ci.yml", ".husky/pre-commit", ".pre-commit-config.yaml", "lefthook.yml", ".envrc", ".env", ".env.local"],
     *["mise.toml", ".gitattributes", "sub/.gitattributes", ".gitmodules", ".gitconfig", ".npmrc", ".yarnrc.yml"],
     *["pip.conf", "x.pth", "sitecustomize.py", ".VSCode/tasks.json", ".GitHub/Workflows/x.yml", "Jenkinsfile"],
+    ".cloudagent.toml",
 ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cloudagent_mcp.embedded import running_worker
+from cloudagent_storage.records import Usage
 from tests.support.worlds import World, until
 
 
@@ -120,12 +121,41 @@ def test_doctor_has_a_line_a_check_and_a_remedy_for_what_fails(world: World) -> 
     done = ca(world, "doctor", "--json")
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
     assert set(findings) == {
-        "data folder", "database", "queue", "git", "sandbox local", "agent", "credential", "worker",
+        "data folder", "database", "queue", "git", "sandbox local", "prices", "agent", "credential", "worker",
     }  # fmt: skip
     assert all(finding["ok"] for finding in findings.values()), findings
     assert done.returncode == 0 and "Claude Code" in findings["agent"]["message"]
     bare = ca(world.without_credential(), "doctor")
     assert bare.returncode == 1 and "FAIL credential" in bare.stdout and "claude setup-token" in bare.stdout
+
+
+def test_doctor_tells_of_prices_and_of_a_file_of_them_that_cannot_be_used(world: World) -> None:
+    world.environment["SANDBOX_PRICES"] = str(world.home / "prices.toml")
+    (world.home / "prices.toml").write_text("[local]\nvcpu_second = 0.00002\ngib_second = 0\n")
+    findings = {finding["name"]: finding for finding in json.loads(ca(world, "doctor", "--json").stdout)}
+    assert findings["prices"]["message"] == "local: $0.072 per vCPU and $0 per GiB an hour"
+    (world.home / "prices.toml").write_text("[local]\nvcpu_hour = 1\n")
+    done = ca(world, "doctor", "--json")
+    (prices,) = [finding for finding in json.loads(done.stdout) if finding["name"] == "prices"]
+    assert done.returncode == 1 and not prices["ok"] and "SANDBOX_PRICES" in prices["message"]
+
+
+def test_the_cost_of_the_sandbox_stands_beside_that_of_the_model(world: World, queued: str) -> None:
+    store = world.app().store
+    assert "sandbox" not in ca(world, "task", "show", queued).stdout
+    claim = store.tasks.claim(queued, worker="worker", lease_s=60)
+    assert claim is not None
+    used = Usage(cost_usd=0.5, turns=3, sandbox_seconds=90)
+    for usage, shown in (
+        (used, "sandbox    cost not known, 2 min"),
+        (used.model_copy(update={"sandbox_cost_usd": 0.0}), "sandbox    $0.0000, 2 min"),
+        (used.model_copy(update={"sandbox_cost_usd": 0.0123}), "sandbox    $0.0123, 2 min"),
+    ):
+        store.tasks.update(queued, claim.attempt, usage=usage)
+        lines = [line.strip() for line in ca(world, "task", "show", queued).stdout.splitlines()]
+        assert lines[lines.index("cost       $0.5000, 3 turns") + 1] == shown
+        as_json = json.loads(ca(world, "task", "show", queued, "--json").stdout)
+        assert as_json["usage"] == usage.model_dump()
 
 
 def test_a_key_is_made_listed_and_revoked_and_its_token_is_shown_once(world: World) -> None:

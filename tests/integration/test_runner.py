@@ -177,11 +177,9 @@ def test_a_conversation_goes_on_from_its_files_in_another_place(box: Box, tmp_pa
         first = box.run(model, "Write and commit")
         session = box.session()
         other = Box(tmp_path / "other")
-        for path, text in session["files"].items():
-            file = other.root / "claude" / "projects" / path
-            file.parent.mkdir(parents=True)
-            file.write_text(text)
-        second = other.run(model, "What did you write?", resume=session["session_id"])
+        (other.root / "run" / "earlier_session.json").write_text(json.dumps(session))
+        used = {"turns": first["usage"]["turns"]}
+        second = other.run(model, "What did you write?", resume=session["session_id"], used=used)
         seen = json.dumps(model.requests[-1].body)
     assert session["session_id"] == first["session_id"] == second["session_id"]
     assert list(session["files"]) == [
@@ -189,6 +187,8 @@ def test_a_conversation_goes_on_from_its_files_in_another_place(box: Box, tmp_pa
     ]
     assert "Write and commit" in seen
     assert second["summary"] == "I wrote hello.txt, as I said."
+    assert second["usage"]["turns"] == first["usage"]["turns"] + 1
+    assert second["usage"]["output_tokens"] > first["usage"]["output_tokens"]
 
 
 def test_the_limit_on_turns_ends_the_run_with_its_name(box: Box) -> None:
@@ -238,8 +238,10 @@ def test_a_model_that_fails_for_good_ends_in_a_readable_error(box: Box) -> None:
 
 
 def test_a_session_that_does_not_exist_ends_in_a_readable_error(box: Box) -> None:
+    nothing: dict[str, Any] = {"session_id": "00000000-0000-4000-8000-000000000000", "files": {}}
+    (box.root / "run" / "earlier_session.json").write_text(json.dumps(nothing))
     with ScriptedModel([STEPS]) as model:
-        result = box.run(model, "Take steps", resume="00000000-0000-4000-8000-000000000000")
+        result = box.run(model, "Take steps", resume=nothing["session_id"])
     assert (result["outcome"], result["error"]["code"]) == ("failed", "agent_error")
     assert "No conversation found" in result["error"]["message"]
 
@@ -458,36 +460,6 @@ def test_a_prompt_arrives_whole_and_never_on_a_command_line(box: Box) -> None:
     assert not (box.root / "pwned").exists()
 
 
-def test_a_checkpoint_holds_the_work_in_progress_and_disturbs_nothing(box: Box) -> None:
-    def checkpoint() -> str:
-        return git(box.repository, "for-each-ref", "--format=%(objectname)", "refs/cloudagent/checkpoint").strip()
-
-    with ScriptedModel([HANG]) as model:
-        (box.repository / "staged.txt").write_text("staged\n")
-        git(box.repository, "add", "staged.txt")
-        head, status = git(box.repository, "rev-parse", "HEAD"), git(box.repository, "status", "--porcelain")
-        box.start(model, "Hang", checkpoint_seconds=0.3)
-        first = until(checkpoint, "a checkpoint")
-        assert git(box.repository, "show", f"{first}:draft.txt") == "unfinished\n"
-        assert git(box.repository, "rev-parse", f"{first}^") == head
-        assert git(box.repository, "diff", "--name-only", "HEAD", first).split() == ["draft.txt", "staged.txt"]
-        assert git(box.repository, "rev-parse", "HEAD") == head
-        assert git(box.repository, "symbolic-ref", "HEAD").strip() == "refs/heads/main"
-        assert git(box.repository, "status", "--porcelain") == f"{status}?? draft.txt\n"
-        (box.repository / "later.txt").write_text("later\n")
-        second = until(lambda: (now := checkpoint()) != first and now, "another checkpoint")
-        assert git(box.repository, "show", f"{second}:later.txt") == "later\n"
-    lines = [event for event in box.events() if "checkpoint" in event["message"]]
-    assert {event["level"] for event in lines} == {"debug"}
-
-
-def test_where_nothing_changes_no_checkpoint_is_made(box: Box) -> None:
-    rule = Rule(prompt=".", turns=(bash(pause(1.5)), say("done")))
-    with ScriptedModel([rule]) as model:
-        box.run(model, "Anything", checkpoint_seconds=0.1)
-    assert git(box.repository, "for-each-ref", "refs/cloudagent") == ""
-
-
 def test_the_repository_instructs_the_agent_as_it_does_at_home(box: Box) -> None:
     (box.repository / "CLAUDE.md").write_text("Always say please.\n")
     with ScriptedModel([Rule(prompt=".", turns=(say("please"),))]) as model:
@@ -547,7 +519,7 @@ def test_the_agent_works_in_a_real_sandbox(tmp_path: Path) -> None:
         assert sandbox.run(["git", "init", "-q", "repository"], timeout_s=20).exit_code == 0
         assert agent.session(sandbox) is None
         with ScriptedModel([WRITE_AND_COMMIT]) as model:
-            agent.install(sandbox, spec, request={"checkpoint_seconds": 1})
+            agent.install(sandbox, spec)
             assert agent.session(sandbox) is None
             agent.start(sandbox, env=model.environment())
             data = until(lambda: sandbox.read("run/result.json", max_bytes=100_000), "the result")

@@ -51,9 +51,10 @@ def test_only_sandboxes_that_no_living_task_owns_are_killed(world: World) -> Non
     for task in (running, ended):
         assert store.tasks.claim(task, worker="w", lease_s=60)
     by_nonce, by_id = sandbox(running, "nonce-1"), sandbox(running, "nonce-2")
-    store.tasks.update(running, 1, sandbox_nonce="nonce-1", sandbox_id=by_id)
+    store.tasks.begin_sandbox(running, 1, nonce="nonce-1", provider="local", place=None)
+    store.tasks.update(running, 1, sandbox_id=by_id)
     orphans = {sandbox(running, "an earlier one"), sandbox(ended, "nonce-3"), sandbox("task_unknown", "nonce-4")}
-    store.tasks.update(ended, 1, sandbox_nonce="nonce-3")
+    store.tasks.begin_sandbox(ended, 1, nonce="nonce-3", provider="local", place=None)
     store.tasks.finish(ended, 1, status=TaskStatus.FAILED)
     foreign = sandbox(ended, "nonce-5", owner="another installation")
 

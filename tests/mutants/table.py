@@ -16,6 +16,7 @@ LEASES = "tests/faults/test_leases.py"
 SWEEP = "tests/integration/test_worker.py"
 BACKLOG = "tests/contracts/test_store_backlog.py"
 PROCESSES = "tests/faults/test_workers.py"
+SANDBOXES = "tests/faults/test_sandboxes.py"
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,8 @@ MUTANTS = (
     ),
     Mutant(
         "the_next_attempt_reads_the_log_from_its_start",
-        f"{QUEUE}/run.py",
-        "LogReader(self.box, self.claim.log_offset, self.redactor)",
+        f"{QUEUE}/attempt.py",
+        "LogReader(self.box, self.log_offset, self.redactor)",
         "LogReader(self.box, 0, self.redactor)",
         (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[sqlite]",),
         fast=False,
@@ -322,22 +323,59 @@ MUTANTS = (
     # -- the worker --------------------------------------------------------------------------------------------------
     Mutant(
         "never_adopt",
-        f"{QUEUE}/run.py",
-        "(Phase.AGENT, Phase.SAVE, Phase.VERIFY):\n                self.sandbox, ",
-        "():\n                self.sandbox, ",
+        f"{QUEUE}/placement.py",
+        "            if agent_was_started:\n                self.sandbox, ",
+        "            if ():\n                self.sandbox, ",
         (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[sqlite]",),
         fast=False,
     ),
     Mutant(
+        "a_new_sandbox_starts_from_nothing",
+        f"{QUEUE}/attempt.py",
+        'if (checkpoint := self.kept("checkpoint")) is not None:',
+        'if (checkpoint := self.kept("checkpoint")) is not None and False:',
+        (f"{SANDBOXES}::test_a_task_whose_sandbox_dies_goes_on_in_another_from_its_last_checkpoint[sqlite]",),
+    ),
+    Mutant(
+        "the_age_of_a_sandbox_is_forgotten",
+        f"{QUEUE}/placement.py",
+        "self.sandbox_age_s = claim.sandbox_age_s",
+        "self.sandbox_age_s = 0.0",
+        (f"{SANDBOXES}::test_a_task_moves_in_time_however_often_its_worker_changes",),
+        fast=False,
+    ),
+    Mutant(
+        "the_log_of_the_old_sandbox_is_gone_on_with",
+        f"{STORE}/tasks.py",
+        "                log_offset=0,\n            )",
+        "            )",
+        (f"{WORKERS}::test_of_an_earlier_sandbox_nothing_is_left_when_a_new_one_is_begun[sqlite]",),
+    ),
+    Mutant(
+        "sandboxes_may_be_lost_for_ever",
+        f"{QUEUE}/placement.py",
+        "or self.losses > LOSSES_MAX:",
+        "or False:",
+        (f"{SANDBOXES}::test_a_task_that_kills_every_sandbox_ends",),
+        fast=False,
+    ),
+    Mutant(
+        "what_a_lost_sandbox_left_is_forgotten",
+        f"{QUEUE}/attempt.py",
+        "self.collect() if self.agent_is_here else self.kept(self.left)",
+        "self.collect() if self.agent_is_here else None",
+        (f"{SANDBOXES}::test_a_task_that_wants_to_fail_keeps_its_last_checkpoint",),
+    ),
+    Mutant(
         "the_old_sandbox_lives_on",
-        f"{QUEUE}/run.py",
+        f"{QUEUE}/placement.py",
         "                return True\n            sandbox.kill()\n",
         "                return True\n",
         (f"{LEASES}::test_a_sandbox_without_an_agent_is_gone_before_another_is_made[left_by_id]",),
     ),
     Mutant(
         "what_carries_the_nonce_lives_on",
-        f"{QUEUE}/run.py",
+        f"{QUEUE}/placement.py",
         "                provider.connect(info.id).kill()\n        return False",
         "                provider.connect(info.id)\n        return False",
         (f"{LEASES}::test_a_sandbox_without_an_agent_is_gone_before_another_is_made[left_by_nonce]",),

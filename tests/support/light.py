@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cloudagent_queue import agents, repository, run
+from cloudagent_queue import agents, attempt, repository
 from cloudagent_queue import sandboxes as sandbox_kinds
 from cloudagent_queue.agents import EVENTS, RESULT
 from cloudagent_queue.follow import Ending
@@ -59,15 +59,14 @@ def end_at_once(given: Mapping[str, Any]) -> None:
     note_claims(given)
     journal = Path(given["journal"])
 
-    class AtOnce(run.Attempt):
-        def work(self) -> Ending:
-            gate = json.loads(self.spec.prompt).get("gate")
-            while gate and not (journal / gate).exists():
-                self.lease.check()
-                time.sleep(0.02)
-            return Ending(TaskStatus.COMPLETED)
+    def work(self: attempt.Attempt) -> Ending:
+        gate = json.loads(self.spec.prompt).get("gate")
+        while gate and not (journal / gate).exists():
+            self.lease.check()
+            time.sleep(0.02)
+        return Ending(TaskStatus.COMPLETED)
 
-    run.Attempt = AtOnce
+    attempt.Attempt.work = work
 
 
 class LightSandbox:
@@ -145,7 +144,7 @@ class LightProvider:
 
 
 class LightAgent(StandIn):
-    def install(self, sandbox: Any, spec: TaskSpec, *, request: Mapping[str, Any]) -> None: ...
+    def install(self, sandbox: Any, spec: TaskSpec, **_: Any) -> None: ...
 
     def start(self, sandbox: Any, *, env: Mapping[str, str]) -> None: ...
 
@@ -166,4 +165,5 @@ def in_process(given: Mapping[str, Any]) -> None:
         return None
 
     repository.check_out = check_out
+    repository.checkpoint = collect
     repository.collect = collect

@@ -51,11 +51,14 @@ def _log(installation: Installation, task: Task) -> Iterator[str]:
     if [line.seq for line in lines] != list(range(1, len(lines) + 1)):
         yield f"its log has a gap: {[line.seq for line in lines]}"
     numbers = [line.raw["number"] for line in lines if line.raw is not None and "number" in line.raw]
-    if numbers != list(range(len(numbers))):
+    # Of each agent, should it have been started anew in another sandbox; the last words of one that died with its
+    # sandbox are lost.
+    told = list(_from_zero(numbers))
+    if any(part != list(range(len(part))) for part in told) or len(told) > 1 + _moves(installation, task):
         yield f"lines of its agent are lost, doubled or out of order: {numbers}"
-    ends = installation.journal(task.task_id, "end")
-    if task.status is TaskStatus.COMPLETED and [end["events"] for end in ends] != [len(numbers)]:
-        yield f"its agent wrote {[end['events'] for end in ends]} lines, and its log has {len(numbers)}"
+    ends = [end["events"] for end in installation.journal(task.task_id, "end")]
+    if task.status is TaskStatus.COMPLETED and ends[-1:] != [len(part) for part in told[-1:]]:
+        yield f"its agent wrote {ends} lines, and its log has {[len(part) for part in told]}"
     last_words = [line.seq for line in lines if line.kind in ("status", "error") and LAST_WORDS.match(line.message)]
     if task.status is TaskStatus.COMPLETED and last_words != [len(lines)]:
         yield f"the lines that say that it ended are {last_words} of {len(lines)}"
@@ -68,16 +71,30 @@ def _agent(installation: Installation, task: Task) -> Iterator[str]:
     if any(line["what"] == "overlap" for line in journal):
         yield "two agents lived at once"
     starts = [line["sandbox"] for line in journal if line["what"] == "start"]
-    if len(starts) > 1:
+    if len(starts) > 1 + _moves(installation, task) or len(set(starts)) < len(starts):
         yield f"its agent was started {len(starts)} times: {starts}"
-    steps = [line["step"] for line in journal if line["what"] == "call"]
-    if steps != list(range(len(steps))):
-        yield f"calls were repeated or left out: {steps}"
+    for sandbox in starts:
+        calls = [line for line in journal if line["what"] == "call" and line["sandbox"] == sandbox]
+        if [line["step"] for line in calls] != list(range(len(calls))):
+            yield f"calls were repeated or left out: {calls}"
+    steps = {line["step"] for line in journal if line["what"] == "call"}
     if task.status is TaskStatus.COMPLETED:
         artifacts = None if task.result is None else task.result.artifacts
         changed = 0 if artifacts is None else artifacts.files_changed
         if not steps or changed != len(steps):
             yield f"its agent wrote {len(steps)} files, and its result has {changed}"
+
+
+def _moves(installation: Installation, task: Task) -> int:
+    """How often its log says that it goes on in another sandbox."""
+    return sum("goes on in a new one" in message for message in installation.log(task.task_id))
+
+
+def _from_zero(numbers: list[int]) -> Iterator[list[int]]:
+    """The parts of a list that each begin with 0."""
+    starts = [place for place, number in enumerate(numbers) if number == 0 or place == 0]
+    for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        yield numbers[start:end]
 
 
 def leftover_processes(installation: Installation) -> list[tuple[int, str]]:

@@ -393,9 +393,12 @@ class Protocol(RuleBasedStateMachine):
             self.boxes.remove(box)
         yield
         nonce = new_id("sbx")
-        if not self._update(hand, sandbox_nonce=nonce):
+        task_id, attempt = task.task_id, hand.claim.attempt
+        sandbox = {"nonce": nonce, "provider": "local", "place": None}
+        if not self.written(hand, lambda: self.store.tasks.begin_sandbox(task_id, attempt, **sandbox))[0]:
             return
-        task.nonce = nonce
+        task.nonce, task.sandbox_id = nonce, None
+        task.offset = hand.offset = 0
         yield
         hand.box = Box(new_id("sbx"), task, nonce)
         self.boxes.append(hand.box)
@@ -552,7 +555,8 @@ class Protocol(RuleBasedStateMachine):
         self.before[row["task_id"]] = row
         if before is None:
             return
-        for name in ("attempt", "log_offset", "last_seq"):
+        same_sandbox = row["sandbox_nonce"] == before["sandbox_nonce"]
+        for name in ("attempt", "last_seq", *(["log_offset"] if same_sandbox else [])):
             assert row[name] >= before[name], f"{name} went back"
         if TaskStatus(before["status"]).terminal:
             for name in ("status", "result", "error", "completed_at", "attempt", "log_offset"):

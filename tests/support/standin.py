@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from cloudagent_queue.agents import RUN_FOLDER
+from cloudagent_queue.agents import REPOSITORY_FOLDER, RUN_FOLDER
 from cloudagent_queue.sandboxes import Sandbox
 from cloudagent_storage.records import TaskSpec
 
@@ -28,11 +28,17 @@ class StandIn:
     def secrets(self, env: Mapping[str, str]) -> Sequence[str]:
         return ()
 
-    def install(self, sandbox: Sandbox, spec: TaskSpec, *, request: Mapping[str, Any]) -> None:
+    def install(self, sandbox: Sandbox, spec: TaskSpec, **_: Any) -> None:
         # A provider of this machine keeps a sandbox's metadata above its root.
         folder: Path = cast(Any, sandbox)._folder
         about = json.loads((folder / "meta.json").read_text())
-        whole = {**request, "journal": str(self.journal), "task": about["metadata"]["task"], "sandbox": sandbox.id}
+        whole = {
+            "prompt": spec.prompt,
+            "cwd": REPOSITORY_FOLDER,
+            "journal": str(self.journal),
+            "task": about["metadata"]["task"],
+            "sandbox": sandbox.id,
+        }
         sandbox.write(f"{RUN_FOLDER}/agent.py", PROGRAM.read_bytes())
         sandbox.write(f"{RUN_FOLDER}/request.json", json.dumps(whole).encode())
 

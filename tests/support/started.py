@@ -21,7 +21,7 @@ from cloudagent_mcp.client import LocalClient
 from cloudagent_mcp.serve import serve
 from cloudagent_mcp.settings import Settings
 from cloudagent_mcp.worker import work
-from cloudagent_queue import agents, run
+from cloudagent_queue import agents, attempt
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.sandboxes import local
 from tests.support import failpoints
@@ -65,17 +65,17 @@ def end_with_starter() -> None:
 
 def tell_agents_who_follows(journal: Path) -> None:
     """A stand-in that is to kill its worker reads here which one that is."""
-    follow: Callable[[run.Attempt], Any] = run.Attempt.follow
+    follow: Callable[[attempt.Attempt], Any] = attempt.Attempt.follow
 
     @functools.wraps(follow)
-    def telling(self: run.Attempt) -> Any:
+    def telling(self: attempt.Attempt) -> Any:
         if '"die_worker"' in self.spec.prompt:
             fresh = journal / f"{self.task_id}.{os.getpid()}"
             fresh.write_text(str(os.getpid()))
             fresh.replace(journal / f"{self.task_id}.follower")
         return follow(self)
 
-    run.Attempt.follow = telling
+    attempt.Attempt.follow = telling
 
 
 if __name__ == "__main__":

@@ -87,7 +87,6 @@ def test_a_hostile_argument_name_is_shown_harmlessly() -> None:
 def test_the_schema_has_no_noise_that_a_model_would_pay_for() -> None:
     assert ECHO.schema == {
         "type": "object",
-        "additionalProperties": False,
         "required": ["prompt"],
         "properties": {
             "prompt": {"type": "string", "description": "What to say."},

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from cloudagent_queue.sandboxes import Sandbox
-from cloudagent_storage.records import TaskSpec
+from cloudagent_storage.records import TaskSpec, Usage
 
+UNUSED = Usage()
 RUN_FOLDER = "run"
 """The folder, under a sandbox's root, where worker and runner meet: request.json, events.jsonl, inbox/, result.json."""
 REPOSITORY_FOLDER = "repository"
@@ -36,8 +37,20 @@ class Agent(Protocol):
         """The values in `env` that must never be seen in a log."""
         ...
 
-    def install(self, sandbox: Sandbox, spec: TaskSpec, *, request: Mapping[str, Any]) -> None:
-        """Put the runner and its request.json into the sandbox."""
+    def install(
+        self,
+        sandbox: Sandbox,
+        spec: TaskSpec,
+        *,
+        session: bytes | None = None,
+        goes_on: bool = False,
+        used: Usage = UNUSED,
+    ) -> None:
+        """Put the runner and its request.json into the sandbox.
+
+        `goes_on` says that an agent has worked on this task in an earlier sandbox; what is left of its work is in the
+        repository. `session` is what it has said, as `session` answered, and `used` what it has cost.
+        """
         ...
 
     def start(self, sandbox: Sandbox, *, env: Mapping[str, str]) -> None:
@@ -49,7 +62,7 @@ class Agent(Protocol):
         ...
 
     def session(self, sandbox: Sandbox) -> bytes | None:
-        """The conversation's files as one JSON document, so that it can go on elsewhere."""
+        """The conversation's files, as far as it has come, as one JSON document, so that it can go on elsewhere."""
         ...
 
 

@@ -8,23 +8,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from cloudagent_queue.agents import REPOSITORY_FOLDER, RUN_FOLDER
+from cloudagent_queue.agents import REPOSITORY_FOLDER, RESULT, RUN_FOLDER, UNUSED
 from cloudagent_queue.sandboxes import Sandbox
 from cloudagent_storage.errors import CredentialMissing
-from cloudagent_storage.records import TaskSpec
+from cloudagent_storage.records import TaskSpec, Usage
 
 RUNNER = f"{RUN_FOLDER}/runner.py"
 SESSION = f"{RUN_FOLDER}/session.json"
 SESSION_MAX = 120_000_000
 """Bytes of the session's document; the runner takes 50 MB of files, and JSON makes them longer."""
 
-CHECKPOINT_S = 180.0
+EARLIER_SESSION = f"{RUN_FOLDER}/earlier_session.json"
+COUNTED = ("input_tokens", "output_tokens", "cost_usd", "turns", "model_ms")
+LEAST_USD = 1e-6
+"""Claude Code takes no budget of nothing."""
 INSTRUCTIONS = """\
 You work unattended, in a sandbox that is deleted afterwards. Nobody answers questions: decide yourself, and say in \
 your last message what you decided. Your user may send messages while you work.
 What counts is the state of the git repository in your working directory: whatever git does not ignore there is \
 handed over, committed or not. Stay on the branch that is checked out, and do not push: that is done for you. Before \
 you finish, end every process that you left running in the background."""
+INTERRUPTED = """\
+Your sandbox came to its end, and you are in a new one. The files that git does not ignore are there as they were at \
+the last checkpoint, which may be some minutes before the last thing that you remember: look at what is there first. \
+Ignored files, what was installed elsewhere and running processes are gone. Go on with your task."""
+BEGUN = """\
+(Somebody has worked on this before, in a sandbox that came to its end. What is left of that is in your working \
+directory: look at what is there first, and go on from it.)"""
 
 CREDENTIALS = (
     "ANTHROPIC_API_KEY",
@@ -114,27 +124,42 @@ class Claude:
                 found |= {login[1], login[1].partition(":")[2]}
         return sorted(value for value in found if len(value) >= _SHORTEST_SECRET)
 
-    def install(self, sandbox: Sandbox, spec: TaskSpec, *, request: Mapping[str, Any]) -> None:
-        """Put runner.py and its request.json in place. What `request` says wins over `spec`."""
+    def install(
+        self,
+        sandbox: Sandbox,
+        spec: TaskSpec,
+        *,
+        session: bytes | None = None,
+        goes_on: bool = False,
+        used: Usage = UNUSED,
+    ) -> None:
+        """Put runner.py and its request.json in place, and the conversation that is to go on."""
         sandbox.write(RUNNER, (Path(__file__).parents[1] / "runner.py").read_bytes())
-        whole = {
-            "prompt": spec.prompt,
+        request: dict[str, Any] = {
+            "prompt": f"{spec.prompt}\n\n{BEGUN}" if goes_on else spec.prompt,
             "cwd": REPOSITORY_FOLDER,
             "resume": None,
             "model": spec.model,
-            "max_turns": spec.max_turns,
+            "max_turns": None if spec.max_turns is None else max(1, spec.max_turns - used.turns),
             "max_budget_usd": spec.max_budget_usd,
-            "checkpoint_seconds": CHECKPOINT_S,
+            "used": used.model_dump(include=set(COUNTED)),
             "system_append": INSTRUCTIONS,
-            **request,
         }
-        sandbox.write(f"{RUN_FOLDER}/request.json", json.dumps(whole).encode())
+        if session is not None:
+            # Claude Code counts all but the turns over a session's whole life, so they go on where they stopped.
+            request |= {"prompt": INTERRUPTED, "resume": json.loads(session)["session_id"]}
+            request["used"] = {"turns": used.turns}
+            sandbox.write(EARLIER_SESSION, session)
+        elif spec.max_budget_usd is not None:
+            request["max_budget_usd"] = max(LEAST_USD, spec.max_budget_usd - used.cost_usd)
+        sandbox.write(f"{RUN_FOLDER}/request.json", json.dumps(request).encode())
 
     def start(self, sandbox: Sandbox, *, env: Mapping[str, str]) -> None:
         """Start the runner, detached."""
         # Claude Code's own number of retries stays: an overloaded API can take minutes to recover, and the runner
         # ends at once when the credential is refused.
-        sandbox.start([sandbox.python, RUNNER], env=env)
+        # Without PYTHONPATH and its like, which the repository may have set for its own commands.
+        sandbox.start([sandbox.python, "-E", RUNNER], env=env)
 
     def tell(self, sandbox: Sandbox, message_id: str, message: Mapping[str, Any]) -> None:
         """Put a message into the inbox. One of the kind "message" reaches the agent once, however often it is put."""
@@ -145,11 +170,10 @@ class Claude:
 
         The paths name a folder and a file of a session there and nothing else; the texts are untrusted.
         """
-        data = sandbox.read(SESSION, max_bytes=SESSION_MAX)
-        if not data:
-            # The runner was killed: it would have been collected at its end.
+        if not sandbox.read(RESULT, max_bytes=1):
+            # The runner is at work or was killed: it collects them at its end.
             sandbox.run([sandbox.python, RUNNER, "session"], timeout_s=60)
-            data = sandbox.read(SESSION, max_bytes=SESSION_MAX)
+        data = sandbox.read(SESSION, max_bytes=SESSION_MAX)
         try:
             found = json.loads(data)
         except (ValueError, RecursionError):

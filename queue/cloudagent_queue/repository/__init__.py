@@ -3,6 +3,8 @@
 address.py       which addresses and refs are accepted
 working_tree.py  a folder of the user's, with what is not committed yet -> bundle
 source.py        what goes in with a task at its submit
+config.py        what a repository says of itself in `.cloudagent.toml`
+manifests.py     what its set-up depends on
 remote.py        an https or ssh address -> bundle, through a cache
 sandbox.py       bundle -> the agent's working tree -> bundle; verify
 inside.py        the part of that which runs in the sandbox
@@ -11,28 +13,36 @@ bundles.py       a bundle's header, and the quarantine in which a hostile one is
 
 from cloudagent_queue.repository.address import check_address, check_ref, is_remote
 from cloudagent_queue.repository.bundles import ChangedFile, Changes, Quarantine, inspect
-from cloudagent_queue.repository.remote import fetch_remote
-from cloudagent_queue.repository.sandbox import check_out, collect, run_setup, verify
+from cloudagent_queue.repository.config import RepositoryConfig, read_config
+from cloudagent_queue.repository.manifests import setup_key
+from cloudagent_queue.repository.remote import Fetched, fetch
+from cloudagent_queue.repository.sandbox import check_out, checkpoint, collect, restore, run_setup, verify
 from cloudagent_queue.repository.source import Source, read_source
 from cloudagent_queue.repository.working_tree import LocalRepository, WorkingTree, bundle_working_tree, origin_of
 
 __all__ = [
     "ChangedFile",
     "Changes",
+    "Fetched",
     "LocalRepository",
     "Quarantine",
+    "RepositoryConfig",
     "Source",
     "WorkingTree",
     "bundle_working_tree",
     "check_address",
     "check_out",
     "check_ref",
+    "checkpoint",
     "collect",
-    "fetch_remote",
+    "fetch",
     "inspect",
     "is_remote",
     "origin_of",
+    "read_config",
     "read_source",
+    "restore",
     "run_setup",
+    "setup_key",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""What git has to do INSIDE a sandbox: `inside.py check_out|collect|clone`, with its request in run/git.json beside it.
+"""What git has to do INSIDE a sandbox: `inside.py check_out|restore|collect|clone`, its request in run/git.json.
 
 It runs alone there, with nothing but the standard library. The repository may be hostile by the time that it runs, and
 then harms only its own sandbox; but what an honest agent has done must come out, whatever state it left git in.
@@ -62,6 +62,12 @@ def names(output: bytes) -> list[str]:
 
 def check_out(request: dict[str, Any]) -> int:
     """The base in a fresh repository, on the task's branch."""
+    if request["keep_files"] and (ROOT / "repository" / ".git").is_dir():
+        for name in names(git("-C", "repository", "ls-files", "-z")):
+            remove(ROOT / "repository" / name)
+        remove(ROOT / "repository" / ".git")
+    else:
+        remove(ROOT / "repository")
     make("repository", request, bundles=["input.bundle"])
     inside = ("-C", "repository")
     for name, value in (("user.name", "cloudagent"), ("user.email", "cloudagent@localhost")):
@@ -72,8 +78,19 @@ def check_out(request: dict[str, Any]) -> int:
     return 0
 
 
+def restore(request: dict[str, Any]) -> int:
+    """A checkpoint in the repository that was just checked out: its commits, and as changes what was not committed."""
+    inside = ("-C", "repository")
+    git(*inside, "bundle", "unbundle", str(RUN / "checkpoint.bundle"))
+    git(*inside, "reset", "--quiet", "--hard", request["tip"])
+    if word(git(*inside, "log", "-1", "--format=%s")) == request["message"]:
+        git(*inside, "reset", "--quiet", "--mixed", "HEAD~1")
+    return 0
+
+
 def clone(request: dict[str, Any]) -> int:
     """The result in a fresh repository that knows nothing of the agent's, and an empty home beside it."""
+    remove(ROOT / "verify")
     make("verify", request, bundles=["verify-input.bundle", *(["verify-result.bundle"] if request["result"] else [])])
     git("-C", "verify", "checkout", "--quiet", "--detach", request["tip"])
     remove(ROOT / "verify-home")
@@ -82,7 +99,6 @@ def clone(request: dict[str, Any]) -> int:
 
 
 def make(folder: str, request: dict[str, Any], *, bundles: list[str]) -> None:
-    remove(ROOT / folder)
     form = f"--object-format={request['object_format']}"
     git("init", "--quiet", form, f"--initial-branch={request['branch']}", folder)
     for bundle in bundles:
@@ -183,7 +199,9 @@ class Collection:
         while nested := {name for name in self.list("--others") if name.endswith("/")} - left_out:
             for name in nested:
                 inner = self.work / name / ".git"
-                if inner.is_dir() and not inner.is_symlink():
+                if self.request["at_work"]:
+                    left_out.add(name)
+                elif inner.is_dir() and not inner.is_symlink():
                     aside = RUN / "nested"
                     aside.mkdir(exist_ok=True)
                     inner.rename(aside / str(len(list(aside.iterdir()))))
@@ -216,5 +234,5 @@ def remove(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    action = {"check_out": check_out, "collect": collect, "clone": clone}[sys.argv[1]]
+    action = {"check_out": check_out, "restore": restore, "collect": collect, "clone": clone}[sys.argv[1]]
     sys.exit(action(json.loads((RUN / "git.json").read_bytes())))

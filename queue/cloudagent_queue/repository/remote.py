@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,8 @@ from filelock import FileLock, Timeout
 
 from cloudagent_queue import git
 from cloudagent_queue.repository.bundles import BASE_BRANCH, BUNDLE_LIMIT
+from cloudagent_queue.repository.config import config_in
+from cloudagent_queue.repository.manifests import manifests_in
 from cloudagent_queue.repository.working_tree import near_names
 from cloudagent_storage.errors import (
     RefNotFound,
@@ -51,7 +54,19 @@ _REASONS: Sequence[tuple[str, str]] = (
 )
 
 
-def fetch_remote(
+@dataclass(frozen=True)
+class Fetched:
+    """What was found at an address."""
+
+    bundle: bytes
+    """A branch, tag or commit with its whole history."""
+    base_sha: str
+    config: bytes | None
+    """The `.cloudagent.toml` that is in it, checked."""
+    manifests: str
+
+
+def fetch(
     address: str,
     *,
     base_ref: str | None,
@@ -62,15 +77,15 @@ def fetch_remote(
     account_id: str = LOCAL_ACCOUNT,
     protocols: Sequence[str] = ("https", "ssh"),
     give_up: threading.Event | None = None,
-) -> tuple[bytes, str]:
-    """The bundle of a branch, tag or commit with its whole history, and the commit's id.
+) -> Fetched:
+    """What is at an address now.
 
     `env` is what git may know of its user: HOME and SSH_AUTH_SOCK lead to credential helpers and keys. `tokens` are by
     host: one is sent to its very host only, over https, and then nothing of `env` is tried in its place; what it brings
     is cached for this account alone. Setting `give_up` ends it early, as unreachable.
 
     Raises `RepositoryUnreachable` with the reason, `RepositoryEmpty`, `RepositoryNotAllowed`, `RefNotFound` with the
-    nearest names, `RepositoryTooLarge`.
+    nearest names, `RepositoryTooLarge`, and `InvalidRepositoryConfig`.
     """
     deadline = time.monotonic() + timeout_s
     cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -131,13 +146,14 @@ class _Cache:
             self._settings += [(f"{host}.extraHeader", ""), (f"{host}.extraHeader", f"Authorization: Basic {basic}")]
             self._settings += [(f"{host}.followRedirects", "false"), ("credential.helper", "")]
 
-    def bundle(self, base_ref: str | None) -> tuple[bytes, str]:
+    def bundle(self, base_ref: str | None) -> Fetched:
         if not self._folder.is_dir():
             self._make()
         commit = self._fetch(base_ref)
+        config, manifests = config_in(self._local, commit), manifests_in(self._local, commit)
         self._local("update-ref", BASE_BRANCH, commit)
         bundle = self._local("bundle", "create", "--quiet", "-", BASE_BRANCH, max_bytes=BUNDLE_LIMIT).out
-        return bundle, commit
+        return Fetched(bundle, commit, config, manifests)
 
     def _make(self) -> None:
         fresh = self._folder.with_suffix(".new")

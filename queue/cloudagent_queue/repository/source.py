@@ -19,6 +19,9 @@ class Source:
     """An address, a folder's whole path, or `none`."""
     bundle: bytes | None = None
     base_sha: str | None = None
+    config: bytes | None = None
+    manifests: str | None = None
+    """As a `Claim` has them; those of a remote repository are not known yet."""
     warnings: Sequence[EventDraft] = field(default_factory=list[EventDraft])
 
 
@@ -31,4 +34,4 @@ def read_source(place: str, base_ref: str | None) -> Source:
         EventDraft(kind="status", level=Level.WARNING, message=f"Left out, since it looks like a secret: {path}")
         for path in tree.left_out
     ]
-    return Source(str(tree.top), tree.bundle, tree.base_sha, warnings)
+    return Source(str(tree.top), tree.bundle, tree.base_sha, tree.config, tree.manifests, warnings)

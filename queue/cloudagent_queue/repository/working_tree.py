@@ -7,6 +7,7 @@ the repository may configure is run. Of the user's own configuration only what d
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ from typing import Any
 
 from cloudagent_queue import git
 from cloudagent_queue.repository.bundles import BASE_BRANCH, BUNDLE_LIMIT
+from cloudagent_queue.repository.config import config_in
+from cloudagent_queue.repository.manifests import manifests_in
 from cloudagent_storage.errors import (
     RefNotFound,
     RepositoryEmpty,
@@ -51,6 +54,9 @@ class WorkingTree:
     left_out: tuple[str, ...]
     """Untracked files that look like secrets, and nested repositories (with a final slash)."""
     has_uncommitted: bool
+    config: bytes | None
+    """The `.cloudagent.toml` that is in it, checked."""
+    manifests: str
 
 
 class LocalRepository:
@@ -138,8 +144,8 @@ def bundle_working_tree(folder: Path, *, base_ref: str | None) -> WorkingTree:
     """Bundle the repository that `folder` lies in: `base_ref` alone, or else HEAD and all that is not committed.
 
     Submodules and LFS files travel as the pointers that they are in git. Raises `RepositoryNotFound`,
-    `RepositoryEmpty`, `RepositoryNotAllowed` (a partial clone), `RefNotFound` with the nearest names, and
-    `RepositoryTooLarge`.
+    `RepositoryEmpty`, `RepositoryNotAllowed` (a partial clone), `RefNotFound` with the nearest names,
+    `InvalidRepositoryConfig` and `RepositoryTooLarge`.
     """
     repository = LocalRepository.find(folder)
     if repository.run("config", "--get-regexp", r"^remote\..*\.promisor$", ok=(0, 1)).out:
@@ -162,13 +168,15 @@ def bundle_working_tree(folder: Path, *, base_ref: str | None) -> WorkingTree:
         if base_ref is None and not repository.bare:
             left_out = _to_leave_out(repository)
             tree = repository.snapshot(Path(temporary), leave_out=left_out, env=scratch.env)
+        run = functools.partial(repository.run, env=scratch.env)
+        config, manifests = config_in(run, tree), manifests_in(run, tree)
         if tree != committed or scratch.shallow:
             base = scratch.commit(tree, origin=head)
         try:
             bundle = scratch.bundle(base)
         except git.TooMuchOutput:
             raise RepositoryTooLarge() from None
-        return WorkingTree(repository.top, bundle, base, name, tuple(left_out), tree != committed)
+        return WorkingTree(repository.top, bundle, base, name, tuple(left_out), tree != committed, config, manifests)
 
 
 class _Scratch:

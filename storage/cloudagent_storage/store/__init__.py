@@ -16,6 +16,7 @@ from cloudagent_storage.store.postgres import BRIEF, PATIENT, Patience
 from cloudagent_storage.store.retention import Retention
 from cloudagent_storage.store.schedules import ScheduleChanges, Schedules
 from cloudagent_storage.store.tasks import Changes, Tasks
+from cloudagent_storage.store.templates import Templates
 from cloudagent_storage.store.workers import Workers
 
 __all__ = ["BRIEF", "CONNECTIONS", "MAX_BLOB_BYTES", "PATIENT", "Changes", "Patience", "ScheduleChanges", "Store"]
@@ -42,6 +43,7 @@ class Store:
         self.keys = Keys(database)
         self.schedules = Schedules(database, self.tasks)
         self.retention = Retention(database)
+        self.templates = Templates(database)
 
     @classmethod
     def open(cls, url: str, *, patience: Patience = PATIENT) -> Store:

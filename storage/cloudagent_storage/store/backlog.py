@@ -10,6 +10,7 @@ has been begun comes before everything: its sandbox costs money.
 from __future__ import annotations
 
 import statistics
+from datetime import timedelta
 from typing import Any
 
 from peewee import Case, Expression, fn
@@ -228,10 +229,13 @@ def take(db: Database, task_id: str, *, worker: str, lease_s: float) -> Claim | 
         not_before=None,
         rung_at=None,  # so that a lease which runs out is seen at once
     )
-    return None if row is None else claim_of(row)
+    return None if row is None else claim_of(row, lease_s=lease_s)
 
 
-def claim_of(row: TaskRow) -> Claim:
+def claim_of(row: TaskRow, *, lease_s: float) -> Claim:
+    """What the worker gets that has just claimed this row for `lease_s`."""
+    now = row.lease_until - timedelta(seconds=lease_s)
+    age_s = 0.0 if row.sandbox_made_at is None else max(0.0, (now - row.sandbox_made_at).total_seconds())
     return Claim(
         task=task_of(row),
         spec=spec_of(row),
@@ -240,10 +244,14 @@ def claim_of(row: TaskRow) -> Claim:
         sandbox_id=row.sandbox_id,
         sandbox_nonce=row.sandbox_nonce,
         sandbox_place=row.sandbox_place,
+        sandbox_age_s=age_s,
+        sandbox_losses=row.sandbox_losses or 0,
         log_offset=row.log_offset,
         running_seconds=row.running_seconds,
         credentials=None if row.credentials is None else bytes(row.credentials),
         git_credentials=None if row.git_credentials is None else bytes(row.git_credentials),
+        config=None if row.config is None else bytes(row.config),
+        manifests=row.manifests,
         cancel_requested=row.cancel_requested_at is not None,
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 
 from cloudagent_storage.errors import RepositoryTooLarge, TaskNotFound
 from cloudagent_storage.records import BlobKind
@@ -35,18 +36,30 @@ class Blobs:
         self._db = db
 
     def put(self, task_id: str, kind: BlobKind, data: bytes, *, attempt: int | None) -> None:
-        """Keep a blob, in the place of an earlier one.
+        """Keep one blob; see `put_all`."""
+        self.put_all(task_id, {kind: data}, attempt=attempt)
+
+    def put_all(self, task_id: str, blobs: Mapping[BlobKind, bytes], *, attempt: int | None) -> None:
+        """Keep some blobs in one step, each in the place of an earlier one of its kind.
 
         A worker passes its `attempt`, and `LeaseLost` is raised when it has the task no more. Raises `TaskNotFound`,
         and `RepositoryTooLarge` past `MAX_BLOB_BYTES`.
         """
-        data, size = packed(data), len(data)
+        ready: list[tuple[BlobKind, bytes, int]] = [(kind, packed(data), len(data)) for kind, data in blobs.items()]
         with self._db.writing():
             if attempt is not None:
                 change_held(self._db, task_id, attempt)
             elif change(self._db, task_id, self._db.tables.tasks.task_id == task_id) is None:
                 raise TaskNotFound()
-            write_blob(self._db, task_id, kind, data, size)
+            for kind, data, size in ready:
+                write_blob(self._db, task_id, kind, data, size)
+
+    def drop(self, task_id: str, kinds: Sequence[BlobKind], *, attempt: int) -> None:
+        """Delete some blobs of a task that this attempt has. Raises `LeaseLost`."""
+        rows = self._db.tables.blobs
+        with self._db.writing():
+            change_held(self._db, task_id, attempt)
+            rows.delete().where(rows.task_id == task_id, rows.kind.in_(kinds)).execute()
 
     def get(self, account_id: str, task_id: str, kind: BlobKind) -> bytes | None:
         """A blob of an account's task, or None where there is none. Raises `TaskNotFound` and `TaskExpired`."""

@@ -141,7 +141,7 @@ class Retention:
                 events.delete().where(some).execute()
                 return True
             messages.delete().where(messages.task_id == task.task_id).execute()
-            rows.update(kept_bytes=0).where(rows.task_id == task.task_id).execute()
+            rows.update(kept_bytes=0, config=None).where(rows.task_id == task.task_id).execute()
             return True
 
     def _forget_keys(self) -> int:

@@ -206,6 +206,8 @@ class Schedules:
                 held.schedule.task,
                 task_id=draft.task_id,
                 base_sha=draft.base_sha,
+                config=draft.config,
+                manifests=draft.manifests,
                 credentials=draft.credentials,
                 git_credentials=draft.git_credentials,
                 lines=draft.lines,

@@ -63,11 +63,13 @@ class Changes(TypedDict, total=False):
 
     phase: Phase | None
     base_sha: str | None
+    config: bytes | None
+    manifests: str | None
+    """Kept before the `input` blob is: whoever finds that takes these for what belongs to it."""
     model: str | None
     provider: str | None
     sandbox_id: str | None
-    sandbox_nonce: str | None
-    sandbox_place: str | None
+    sandbox_losses: int
     question: str | None
     """With a question the task waits; without, it runs."""
     usage: Usage
@@ -90,6 +92,8 @@ class Tasks:
         *,
         task_id: str | None = None,
         base_sha: str | None = None,
+        config: bytes | None = None,
+        manifests: str | None = None,
         credentials: bytes | None = None,
         git_credentials: bytes | None = None,
         blobs: Mapping[BlobKind, bytes] | None = None,
@@ -118,6 +122,8 @@ class Tasks:
                 repository=spec.repository,
                 tags=list(spec.tags),
                 base_sha=base_sha,
+                config=config,
+                manifests=manifests,
                 schedule_id=schedule_id,
                 credentials=credentials,
                 git_credentials=git_credentials,
@@ -155,6 +161,12 @@ class Tasks:
         """All that was asked for. Raises `TaskNotFound`."""
         with self._db.reading():
             return spec_of(find(self._db, account_id, task_id))
+
+    def settings(self, account_id: str, task_id: str) -> tuple[bytes | None, str | None]:
+        """Its repository's `.cloudagent.toml` and manifests, as a `Claim` has them. Raises `TaskNotFound`."""
+        with self._db.reading():
+            row = find(self._db, account_id, task_id, columns=[self._rows.config, self._rows.manifests])
+        return (None if row.config is None else bytes(row.config), row.manifests)
 
     def version(self, account_id: str, task_id: str) -> tuple[str, ...]:
         """Something that is different whenever status, phase or log have changed. Raises `TaskNotFound`."""
@@ -282,6 +294,24 @@ class Tasks:
             columns["lease_until"] = self._db.later(lease_s)
         with self._db.writing():
             change_held(self._db, task_id, attempt, **columns)
+
+    def begin_sandbox(self, task_id: str, attempt: int, *, nonce: str, provider: str, place: str | None) -> None:
+        """A new sandbox is about to be made, in the place of an earlier one: its id and log are forgotten.
+
+        Raises `LeaseLost`.
+        """
+        with self._db.writing():
+            change_held(
+                self._db,
+                task_id,
+                attempt,
+                sandbox_id=None,
+                sandbox_nonce=nonce,
+                provider=provider,
+                sandbox_place=place,
+                sandbox_made_at=self._db.now,
+                log_offset=0,
+            )
 
     def follow(
         self,

@@ -1,0 +1,390 @@
+"""One claim of one task: the steps of which `run_task` in run.py tells the story."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from cloudagent_queue import repository
+from cloudagent_queue.follow import Ending, LogReader, read_result
+from cloudagent_queue.placement import Draining, Ended, Placement
+from cloudagent_storage.errors import (
+    CloudAgentError,
+    DatabaseUnavailable,
+    Internal,
+    LeaseLost,
+    ProviderBusy,
+    SandboxGone,
+    SandboxUnreachable,
+    StorageFull,
+)
+from cloudagent_storage.records import (
+    Artifacts,
+    EventDraft,
+    Level,
+    Phase,
+    Result,
+    TaskStatus,
+    Verdict,
+    VerifyResult,
+)
+
+log = logging.getLogger(__name__)
+
+BUSY_MAX_S = 24 * 3600.0
+"""A task that has got no sandbox for so long since it was submitted gets none any more."""
+
+
+class Attempt(Placement):
+    """One claim of one task; the steps of `run_task`."""
+
+    def work(self) -> Ending:
+        """Bring an agent to its end: the one that an earlier attempt left running, or a new one."""
+        try:
+            self.heed(self.claim.config)
+            adopted = self.adopt_sandbox()
+            while True:
+                try:
+                    if not adopted:
+                        bundle = self.bring_repository()
+                        self.create_sandbox()
+                        self.prepare_repository(bundle)
+                        self.set_up()
+                        self.start_agent()
+                    return self.follow()
+                except SandboxGone:
+                    self.lose_sandbox()
+                except _SessionEnds:
+                    self.leave_sandbox()
+                adopted = False
+        except (LeaseLost, Draining, DatabaseUnavailable):
+            raise
+        except ProviderBusy as error:
+            if time.time() - self.claim.task.created_at.timestamp() > BUSY_MAX_S:
+                return Ending.failed_by(error)
+            raise
+        except SandboxUnreachable as error:
+            if (full := self.full_disk(error)) is not None:
+                return full
+            raise
+        except Ended as ended:
+            return ended.ending
+        except CloudAgentError as error:
+            if self.lease.signals.cancel_requested:
+                return Ending.cancelled()  # that is why it failed
+            return self.full_disk(error) or Ending.failed_by(error)
+        except Exception as error:
+            log.exception("%s failed in a way that nobody foresaw", self.task_id)
+            if (full := self.full_disk(error)) is not None:
+                return full
+            return Ending.failed("internal", Internal().message, Internal.remedy)
+
+    def bring_repository(self) -> bytes | None:
+        """The input bundle, before there is a sandbox: what that is to be stands in the repository."""
+        bundle = self.input_bundle()
+        if bundle is None and self.spec.repository != "none":
+            self.enter(Phase.REPOSITORY)
+            give_up = threading.Event()
+            with self.lease.interruptible(give_up.set):
+                fetched = repository.fetch(
+                    self.spec.repository,
+                    base_ref=self.spec.base_ref,
+                    cache_folder=self.worker.cache_folder,
+                    env=self.worker.git_environment,
+                    timeout_s=self.timers.fetch_s,
+                    tokens=self.git_tokens,
+                    account_id=self.claim.account_id,
+                    give_up=give_up,
+                )
+            bundle, self.base_sha = fetched.bundle, fetched.base_sha
+            # Before the bundle: whoever finds that takes these for what belongs to it.
+            self.tasks.update(self.task_id, self.claim.attempt, config=fetched.config, manifests=fetched.manifests)
+            self.keep({"input": bundle})
+            self.heed(fetched.config)
+            self.manifests = fetched.manifests
+        if self.config.named:
+            self.note_once(f"The repository's .cloudagent.toml sets: {self.config.named}.", level=Level.INFO)
+        return bundle
+
+    def prepare_repository(self, bundle: bytes | None) -> None:
+        self.enter(Phase.REPOSITORY)
+        self.base_sha = repository.check_out(
+            self.box, bundle=bundle, base_sha=self.base_sha, branch=self.claim.task.branch, keep_files=self.is_set_up
+        )
+        self.tasks.update(self.task_id, self.claim.attempt, base_sha=self.base_sha)
+        if (checkpoint := self.kept("checkpoint")) is not None:
+            repository.restore(self.box, checkpoint, branch=self.claim.task.branch)
+        self.note(f"Repository ready at {self.base_sha[:12]}, branch {self.claim.task.branch}.")
+
+    def set_up(self) -> None:
+        if self.spec.setup is None:
+            return
+        if self.is_set_up:
+            self.note("The set-up was done before: its sandbox was kept.")
+            return
+        self.enter(Phase.SETUP)
+        with self.lease.interruptible(self.box.end_processes):
+            done = repository.run_setup(
+                self.box, self.spec.setup, timeout_s=self.timers.setup_s, env=self.config.environment
+            )
+        self.note(self.redactor.text(done.output) or "The set-up command printed nothing.", kind="tool_result")
+        self.stop_if_cancelled()
+        if done.exit_code != 0:
+            how = "did not end in time" if done.exit_code is None else f"ended with exit code {done.exit_code}"
+            self.end("setup_failed", f"The set-up command {how}.", "Its output is in the log; correct `setup`.")
+        if not self.agent_has_run:  # else some of its work would be in it
+            self.keep_set_up()
+
+    def start_agent(self) -> None:
+        self.stop_if_cancelled()
+        self.agent.install(
+            self.box, self.spec, session=self.kept("session"), goes_on=self.agent_has_run, used=self.usage
+        )
+        # Before the start, not after it: an attempt that finds this phase never sets the repository up again.
+        self.enter(Phase.AGENT)
+        self.agent_has_run = self.agent_is_here = True
+        self.agent.start(self.box, env=self.agent_env)
+
+    def follow(self) -> Ending:
+        """Read the agent's log into the store until the agent ends, or has to be ended."""
+        reader = self.reader = LogReader(self.box, self.log_offset, self.redactor)
+        limit_s = self.spec.timeout_minutes * 60
+        if self.phase in (Phase.SAVE, Phase.VERIFY):
+            # It had ended when an earlier attempt died; what it was stopped for, if it was, is still so.
+            ended = read_result(self.box)
+            why = self.reason_to_stop(self.running_s, limit_s, 0, reader)
+            if why is not None and (ended is None or ended.status is not TaskStatus.COMPLETED):
+                return why.with_summary_of(ended)
+            return ended or Ending.failed(
+                "interrupted", "The agent's result is missing.", "Look at the end of the log."
+            )
+        started = time.monotonic() - self.running_s
+        last_event = checkpoint_at = time.monotonic()
+        """The time of the last checkpoint, or since when there was nothing to keep."""
+        asked_to_stop: tuple[float, Ending | None] | None = None
+        while True:
+            self.lease.check()
+            if self.worker.stopping.is_set():
+                raise Draining
+            ended = read_result(self.box)
+            alive = ended is None and self.box.alive()
+            if ended is None and not alive:
+                ended = read_result(self.box)  # it may have come to its end between the two looks
+            now = time.monotonic()
+            # Read after looking for the end, so that the last lines are never missed.
+            if events := reader.read():
+                last_event = now
+            self.running_s = now - started
+            if events or reader.moved:
+                self.usage = self.whole_usage(reader.usage(self.usage))
+                signals = self.tasks.follow(
+                    self.task_id,
+                    self.claim.attempt,
+                    events,
+                    log_offset=reader.offset,
+                    lease_s=self.timers.lease_s,
+                    usage=self.usage,
+                    running_seconds=self.running_s,
+                )
+                self.lease.renewed(signals)
+                continue
+            if not reader.tool_running and last_event < checkpoint_at:
+                checkpoint_at = now  # it does nothing
+            if alive and asked_to_stop is None and now - checkpoint_at > self.timers.checkpoint_s:
+                checkpoint_at = now
+                with self.not_now():
+                    self.keep_checkpoint()
+            if asked_to_stop is not None:
+                since, ending = asked_to_stop
+                if ended is not None or not alive or now - since > self.timers.stop_grace_s:
+                    if ending is not None:
+                        return ending.with_summary_of(ended)
+                    if ended is None or ended.stopped:
+                        raise _SessionEnds
+                    return ended
+            elif ended is not None:
+                if ended.status is TaskStatus.COMPLETED:
+                    return ended
+                # It may be that an earlier attempt asked it to stop, and died.
+                if (why := self.reason_to_stop(self.running_s, limit_s, 0, reader)) is not None:
+                    return why.with_summary_of(ended)
+                if ended.stopped and self.session_ends():
+                    raise _SessionEnds
+                return ended
+            elif not alive:
+                # Where somebody ends the whole sandbox, the agent goes first.
+                self.worker.stopping.wait(self.timers.signals_s)
+                self.box.alive()
+                if said := self.box.output(max_bytes=2000).decode("utf-8", "replace").strip():
+                    self.note(self.redactor.text(said), level=Level.WARNING, kind="stderr")
+                return Ending.failed(
+                    "interrupted",
+                    "The agent's process died.",
+                    "What it had done is saved; submit the task again to go on.",
+                )
+            elif (ending := self.reason_to_stop(self.running_s, limit_s, now - last_event, reader)) is not None:
+                asked_to_stop = (now, ending)
+                self.note(ending.why, level=Level.WARNING)
+                self.agent.tell(self.box, "stop", {"kind": "stop", "reason": ending.why})
+            elif self.session_ends():
+                asked_to_stop = (now, None)
+                self.agent.tell(self.box, "stop", {"kind": "stop", "reason": "The sandbox's time is nearly up."})
+            self.worker.stopping.wait(self.timers.poll_s)
+
+    def reason_to_stop(self, running_s: float, limit_s: float, quiet_s: float, reader: LogReader) -> Ending | None:
+        if self.lease.signals.cancel_requested:
+            return Ending.cancelled()
+        if running_s > limit_s:
+            return Ending.failed(
+                "timed_out",
+                f"The task ran longer than its limit of {self.spec.timeout_minutes:g} minutes.",
+                "What the agent had done is saved; submit again with a higher timeout_minutes.",
+            )
+        idle_s = self.timers.idle_in_tool_s if reader.tool_running else self.timers.idle_s
+        if quiet_s > idle_s:
+            return Ending.failed(
+                "idle",
+                f"The agent said nothing for {idle_s / 60:g} minutes.",
+                "What the agent had done is saved; look at the end of the log for what it waited for.",
+            )
+        return None
+
+    def save(self) -> bool:
+        """Bring out and keep what the agent did, however it ended. True when there is something to verify.
+
+        Of a sandbox that is gone the last checkpoint is left.
+        """
+        if not self.agent_has_run or self.base_sha is None:
+            return False
+        self.enter(Phase.SAVE)
+        branch = self.claim.task.branch
+        self.result = Result(artifacts=Artifacts(branch=branch))
+        try:
+            bundle = self.collect() if self.agent_is_here else self.kept(self.left)
+            if bundle is None:
+                self.note("The agent changed no file.")
+                return True
+            changes = repository.inspect(self.input_bundle(), self.base_sha, bundle, branch)
+        except (LeaseLost, SandboxGone, SandboxUnreachable, DatabaseUnavailable):
+            raise
+        except Exception as error:
+            self.full_disk(error)
+            if not isinstance(error, CloudAgentError):
+                raise
+            if self.agent_is_here:
+                self.box.alive()  # raises SandboxGone where that is why; another attempt goes on from the checkpoint
+            self.note(f"The agent's work could not be brought out: {error.message}", level=Level.ERROR, kind="error")
+            return False
+        self.keep({"result": bundle, "diff": self.redactor.data(changes.diff)})
+        self.result = Result(
+            artifacts=Artifacts(
+                branch=branch,
+                commits=changes.commits,
+                files_changed=len(changes.files),
+                insertions=changes.insertions,
+                deletions=changes.deletions,
+            )
+        )
+        self.note(f"Saved: {_files(len(changes.files))} changed, +{changes.insertions} -{changes.deletions} lines.")
+        return True
+
+    def collect(self) -> bytes | None:
+        """End all processes and bring out what the agent did and said; None when it changed nothing."""
+        assert self.base_sha is not None
+        self.box.end_processes()
+        if (session := self.agent.session(self.box)) is not None:
+            self.keep({"session": self.redactor.data(session)})
+        message = f"{self.spec.title}\n\nTask {self.task_id}"
+        return repository.collect(self.box, base_sha=self.base_sha, branch=self.claim.task.branch, message=message)
+
+    def verify(self, ending: Ending) -> Ending:
+        """Run the `verify` command in a clean checkout of what was saved; no process of the agent's is left by now."""
+        if self.spec.verify is None:
+            return ending
+        if self.sandbox is None:
+            self.note("The sandbox died before the result could be verified.", level=Level.WARNING)
+            return ending
+        try:
+            self.enter(Phase.VERIFY)
+            with self.lease.interruptible(self.box.end_processes):
+                done = repository.verify(
+                    self.box,
+                    input_bundle=self.input_bundle(),
+                    result_bundle=self.kept("result"),
+                    base_sha=self.base_sha,
+                    branch=self.claim.task.branch,
+                    command=self.spec.verify,
+                    timeout_s=self.timers.verify_s,
+                    env=self.config.environment,
+                )
+            self.stop_if_cancelled()
+        except Ended as ended:
+            return ended.ending
+        except (LeaseLost, SandboxUnreachable, DatabaseUnavailable):
+            raise
+        except CloudAgentError as error:
+            if self.lease.signals.cancel_requested:
+                return Ending.cancelled()  # that is why
+            self.note(f"The verify command could not be run: {error.message}", level=Level.ERROR, kind="error")
+            return ending
+        self.verdict = Verdict.PASSED if done.exit_code == 0 else Verdict.FAILED
+        done = VerifyResult(command=done.command, exit_code=done.exit_code, output=self.redactor.text(done.output))
+        self.result = self.result.model_copy(update={"verify": done})
+        level = Level.INFO if self.verdict is Verdict.PASSED else Level.WARNING
+        self.note(f"Verdict: {self.verdict}.", level=level)
+        return ending
+
+    def finish(self, ending: Ending) -> None:
+        summary = None if ending.summary is None else self.redactor.text(ending.summary)
+        error = ending.error
+        if error is not None:
+            error = error.model_copy(update={"message": self.redactor.text(error.message)})
+        level = Level.INFO if ending.status is TaskStatus.COMPLETED else Level.WARNING
+        self.lease.check()
+        self.blobs.drop(self.task_id, ["checkpoint"], attempt=self.claim.attempt)
+        if ending.model is not None and self.spec.model is None:
+            self.tasks.update(self.task_id, self.claim.attempt, model=ending.model)
+        self.tasks.finish(
+            self.task_id,
+            self.claim.attempt,
+            status=ending.status,
+            verdict=self.verdict if ending.status is TaskStatus.COMPLETED else None,
+            result=self.result.model_copy(update={"summary": summary}) if self.agent_has_run else None,
+            error=error,
+            usage=self.whole_usage(ending.usage or self.usage),
+            events=[
+                EventDraft(
+                    kind="status", message=f"{ending.status.value.capitalize()}. {ending.why}".strip(), level=level
+                )
+            ],
+        )
+
+    def discard_sandbox(self) -> None:
+        """After the finish: a worker that dies here leaves an orphan, which the sweeper finds."""
+        if self.sandbox is None:
+            return
+        try:
+            self.sandbox.kill()
+        except CloudAgentError as error:
+            log.warning("could not delete the sandbox of %s, the sweeper will: %s", self.task_id, error)
+
+    def full_disk(self, error: Exception) -> Ending | None:
+        """How the attempt ends where a full disk of this worker's is behind its failure; None where none is.
+
+        Raises `StorageFull` once an agent has run: its work is safe in the sandbox, and another attempt goes on when
+        there is space.
+        """
+        if not self.worker.disk_is_full(error):
+            return None
+        if self.agent_is_here:
+            raise StorageFull() from error
+        return Ending.failed("storage_full", "The worker's disk is full.", "Free space there; then submit it again.")
+
+
+class _SessionEnds(Exception):
+    """The provider ends the sandbox soon; the agent has come to rest in it."""
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
