@@ -22,6 +22,7 @@ from cloudagent_storage.errors import CloudAgentError
 from cloudagent_storage.records import LOCAL_ACCOUNT
 
 if TYPE_CHECKING:
+    from cloudagent_queue.sandboxes import Provider
     from cloudagent_queue.task_queue import TaskQueue
     from cloudagent_storage.store import Store
 
@@ -57,6 +58,13 @@ class App:
     def providers(self) -> list[str]:
         """The configured sandbox providers, the preferred one first."""
         return [name.strip() for name in self.settings.sandbox_provider.split(",") if name.strip()]
+
+    def open_provider(self, name: str) -> Provider:
+        """A sandbox provider with what the environment says for it. Raises `UnknownProvider`, naming the choices."""
+        from cloudagent_queue.sandboxes import entry_of, open_provider
+
+        env = self.settings.pick([*entry_of(name).environment])
+        return open_provider(name, data_folder=self.settings.cloudagent_home, env=env)
 
     @cached_property
     def credentials(self) -> Credentials:

@@ -6,9 +6,10 @@ Imports are made inside the commands: `ca mcp` is started by every client sessio
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from cloudagent_storage.errors import (
 if TYPE_CHECKING:
     from cloudagent_mcp.app import App
     from cloudagent_mcp.client import Client
+    from cloudagent_mcp.doctor import Finding
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -323,20 +325,34 @@ def demo(unsafe_process: bool, keep: bool) -> None:
 
 
 @ca.command()
+@click.option(
+    "--provider", metavar="NAME", help="Try that sandbox provider, with the real account: minutes, and cents."
+)
 @as_json
-def doctor(as_json: bool) -> None:
+def doctor(provider: str | None, as_json: bool) -> None:
     """Check what a task needs, a line each, with what to do where something is missing."""
-    from cloudagent_mcp.doctor import examine
+    from cloudagent_mcp.doctor import examine, examine_provider
     from cloudagent_mcp.settings import Settings
 
-    findings = list(examine(Settings.read()))
+    if provider is None:
+        examined = examine(Settings.read())
+    else:
+        # SIGTERM ends it like Ctrl-C does: the sandboxes that were made are killed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        examined = examine_provider(Settings.read(), provider)
+    with closing(examined):
+        findings = list(examined if as_json else _shown(examined))
     if as_json:
         click.echo(json.dumps([finding.model_dump(mode="json") for finding in findings]))
-    else:
-        from cloudagent_mcp.render import show_findings
-
-        show_findings(findings)
     sys.exit(0 if all(finding.ok for finding in findings) else EXIT_FAILED)
+
+
+def _shown(findings: Iterator[Finding]) -> Iterator[Finding]:
+    from cloudagent_mcp.render import show_finding
+
+    for finding in findings:
+        show_finding(finding)
+        yield finding
 
 
 @ca.command()

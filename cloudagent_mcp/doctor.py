@@ -1,10 +1,15 @@
-"""`ca doctor`: what a task needs, checked one by one, each failure with its remedy."""
+"""`ca doctor`: what a task needs, checked one by one, each failure with its remedy.
+
+With `--provider`, what that sandbox provider promises, checked with the real account: the contract that the tests
+run over every provider.
+"""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from cloudagent_mcp import __version__
@@ -13,9 +18,9 @@ from cloudagent_mcp.embedded import running_worker
 from cloudagent_mcp.settings import Settings
 from cloudagent_queue import git
 from cloudagent_queue.agents import open_agent
-from cloudagent_queue.sandboxes import open_provider
+from cloudagent_queue.sandboxes.contract import CHECKS, Check, Trial, name_of
 from cloudagent_queue.sandboxes.prices import Prices
-from cloudagent_storage.errors import CloudAgentError, SandboxUnavailable, Unavailable
+from cloudagent_storage.errors import CloudAgentError, ProviderBroken, SandboxUnavailable, Unavailable
 from cloudagent_storage.records import Record
 
 FREE_BYTES = 1_000_000_000
@@ -28,9 +33,12 @@ class Finding(Record):
     ok: bool
     message: str
     remedy: str | None = None
+    seconds: float | None = None
+    cost_usd: float | None = None
+    """Of the sandboxes that lived meanwhile, by list price; None where that is not known."""
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
+def examine(settings: Settings) -> Generator[Finding]:
     """Check everything; one check that fails does not end the others."""
     app = App(settings)
     agent = open_agent("claude")
@@ -39,20 +47,85 @@ def examine(settings: Settings) -> Iterator[Finding]:
         ("database", lambda: _database(app)),
         ("queue", lambda: app.queue.check()),
         ("git", lambda: git.run("--version", folder=Path("/")).text.removeprefix("git ")),
-        *[(f"sandbox {name}", lambda name=name: _sandbox(settings, name)) for name in app.providers],
+        *[(f"sandbox {name}", lambda name=name: app.open_provider(name).self_check()) for name in app.providers],
         ("prices", lambda: _prices(app)),
         ("agent", lambda: _agent_in_sandbox(app)),
         ("credential", lambda: _credential(settings, agent.check_credential)),
         ("worker", lambda: _worker(settings)),
     ]
     for name, check in checks:
-        try:
-            yield Finding(name=name, ok=True, message=check())
-        except CloudAgentError as error:
-            yield Finding(name=name, ok=False, message=error.message, remedy=error.remedy)
-        except Exception as error:
-            yield Finding(name=name, ok=False, message=f"The check itself failed ({type(error).__name__}).")
+        yield _find(name, check)
     app.close()
+
+
+def examine_provider(settings: Settings, name: str) -> Generator[Finding]:
+    """Try a sandbox provider with the account that is configured, one sandbox or two at a time.
+
+    Every sandbox that was made is killed at the end, also when the caller stops in the middle.
+    Raises `UnknownProvider`, and `InvalidInput` for a table of prices that cannot be used.
+    """
+    provider, prices = App(settings).open_provider(name), Prices.read(settings.sandbox_prices)
+    yield (account := _find("the account can be used", provider.self_check))
+    if not account.ok:
+        return
+    trial, started = Trial(provider), time.monotonic()
+
+    def timed(what: str, check: Callable[[], str]) -> Finding:
+        began = time.monotonic()
+        found = _find(what, check)
+        return found.model_copy(update={"seconds": round(time.monotonic() - began, 2), "cost_usd": bill(began)})
+
+    def bill(since: float) -> float | None:
+        now = time.monotonic()
+        parts = [
+            prices.cost_usd(name, life.resources, max(0.0, (life.ended or now) - max(life.began, since)))
+            for life in trial.lives.values()
+        ]
+        known = [part for part in parts if part is not None]
+        return round(sum(known), 6) if len(known) == len(parts) else None
+
+    try:
+        yield (made := timed("a sandbox can be made", lambda: trial.shared.remark or trial.shared.id))
+        for check in CHECKS if made.ok else ():
+            yield timed(name_of(check), lambda check=check: _run_check(trial, check))
+    finally:
+        # Not yielded from here: whoever stopped listening does not come back.
+        ended = timed("every sandbox that was made is gone", lambda: _end(trial))
+    yield ended
+    yield Finding(
+        name="total",
+        ok=True,
+        message=f"{len(trial.lives)} sandboxes",
+        seconds=round(time.monotonic() - started, 2),
+        cost_usd=bill(started),
+    )
+
+
+def _run_check(trial: Trial, check: Check) -> str:
+    try:
+        check(trial)
+    finally:
+        trial.end_fresh()
+    return ""
+
+
+def _end(trial: Trial) -> str:
+    trial.end()
+    if left := trial.provider.list(trial.mark):
+        raise ProviderBroken(
+            f"{len(left)} sandboxes are still listed after they were killed.",
+            remedy=f"Kill them in the provider's dashboard: {', '.join(info.id for info in left)}.",
+        )
+    return ""
+
+
+def _find(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name=name, ok=True, message=check())
+    except CloudAgentError as error:
+        return Finding(name=name, ok=False, message=error.message, remedy=error.remedy)
+    except Exception as error:
+        return Finding(name=name, ok=False, message=f"The check itself failed ({type(error).__name__}).")
 
 
 def _data_folder(settings: Settings) -> str:
@@ -77,10 +150,6 @@ def _database(app: App) -> str:
     return f"{app.settings.store_url.partition(':')[0]}, {app.store.tasks.unfinished()} tasks unfinished"
 
 
-def _sandbox(settings: Settings, name: str) -> str:
-    return open_provider(name, data_folder=settings.cloudagent_home).self_check()
-
-
 def _prices(app: App) -> str:
     prices = Prices.read(app.settings.sandbox_prices)
     return "; ".join(map(prices.told, app.providers))
@@ -88,7 +157,7 @@ def _prices(app: App) -> str:
 
 def _agent_in_sandbox(app: App) -> str:
     """The agent's own command line, where it will have to run: inside a sandbox."""
-    provider = open_provider(app.providers[0], data_folder=app.settings.cloudagent_home)
+    provider = app.open_provider(app.providers[0])
     sandbox = provider.create(metadata={"purpose": "doctor"})
     try:
         found = sandbox.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -302,12 +301,15 @@ def show_applied(done: dict[str, Any]) -> None:
         console.print(f"[dim]Backup:[/] {done['backup_ref']}")
 
 
-def show_findings(findings: Iterable[Finding]) -> None:
-    for finding in findings:
-        mark = "[green]ok[/]  " if finding.ok else "[red]FAIL[/]"
+def show_finding(finding: Finding) -> None:
+    mark = "[green]ok[/]  " if finding.ok else "[red]FAIL[/]"
+    if finding.seconds is None:
         console.print(f"{mark} {finding.name:<14} {_safe(finding.message)}")
-        if finding.remedy:
-            console.print(f"     {'':<14} [yellow]{_safe(finding.remedy)}[/]")
+    else:
+        cost = "" if finding.cost_usd is None else f"${finding.cost_usd:.5f}"
+        console.print(f"{mark} {finding.seconds:6.1f} s {cost:>9} {finding.name:<68} [dim]{_safe(finding.message)}[/]")
+    if finding.remedy:
+        console.print(f"     {'':<14} [yellow]{_safe(finding.remedy)}[/]")
 
 
 def watch(api: Client, name: str, as_json: bool) -> dict[str, Any]:

@@ -30,6 +30,16 @@ class Settings(BaseModel):
     redis_url: SecretStr | None = None
     """redis://…, or sqlite:///FILE for `queue_url`; a file in the data folder where both are unset."""
     sandbox_provider: str = "local"
+    novita_api_key: SecretStr | None = None
+    novita_domain: str | None = None
+    e2b_api_key: SecretStr | None = None
+    e2b_domain: str | None = None
+    e2b_api_url: str | None = None
+    e2b_sandbox_url: str | None = None
+    """Of the sandbox providers: `PROVIDERS` in cloudagent_queue.sandboxes says which one uses which."""
+    sandbox_template: str | None = None
+    sandbox_session_minutes: int = Field(default=60, ge=5, le=1440)
+    """The longest life of a remote sandbox: what the account's plan allows."""
     sandbox_prices: Path | None = None
     """A file with prices of sandboxes, in place of list prices; `sandboxes/prices.toml` tells its form."""
     sandbox_egress: str = "registries"

@@ -17,7 +17,7 @@ from cloudagent_mcp.app import App
 from cloudagent_mcp.embedded import IDLE_S, only_worker, stop_when_idle
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.run import run_waiting
-from cloudagent_queue.sandboxes import Provider, open_provider, place_of
+from cloudagent_queue.sandboxes import place_of
 from cloudagent_queue.sandboxes.prices import Prices
 from cloudagent_queue.sweep import Kept, sweep_forever
 from cloudagent_queue.worker import Worker
@@ -58,7 +58,7 @@ def work(
     with ExitStack() as stack:
         lock = stack.enter_context(only_worker(settings.cloudagent_home, version=__version__)) if embedded else None
         app.store.keep_reserve()
-        provider = functools.cache(functools.partial(_provider, app))
+        provider = functools.cache(app.open_provider)
         worker = Worker(
             name=f"{socket.gethostname()}/{os.getpid()}",
             place=place_of(settings.cloudagent_home),
@@ -121,10 +121,6 @@ def deployment(store_url: str) -> str:
 
 def _report(store: Store, worker: Worker, concurrency: int, swept: bool) -> None:
     store.workers.report(worker.name, place=worker.place, version=__version__, concurrency=concurrency, swept=swept)
-
-
-def _provider(app: App, name: str) -> Provider:
-    return open_provider(name, data_folder=app.settings.cloudagent_home)
 
 
 def _ring(app: App, task_id: str) -> None:

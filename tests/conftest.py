@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -19,6 +19,16 @@ PRODUCT_VARIABLES = re.compile(
     "(ANTHROPIC|CLAUDE|CLOUDAGENT|NOVITA|E2B|GIT|GH|GITHUB|SANDBOX|SYSTEM|AWS|GOOGLE|VERTEX|WORKER|RETENTION)_.*"
     "|CLAUDECODE|DATABASE_URL|REDIS_URL|QUEUE_URL|PUBLIC_URL|ENCRYPTION_KEY|ADMIN_API_KEY|PG[A-Z]+"
 )
+
+
+class RealProvider(NamedTuple):
+    """A provider to run the contract suite against, with a real account."""
+
+    name: str
+    environment: dict[str, str]
+
+
+REAL_PROVIDER = RealProvider(real, dict(os.environ)) if (real := os.environ.get("CLOUDAGENT_TEST_PROVIDER")) else None
 
 # Before anything is imported that might look: a developer's own keys and databases are not for tests.
 for variable in list(os.environ):

@@ -222,6 +222,8 @@ class Placement:
                 continue
             circuit.succeeded(name)
             self.note(f"Sandbox ready: {name}.")
+            if self.box.remark:
+                self.note(self.box.remark)
             return
         busy = [error for error in refusals if isinstance(error, ProviderBusy)]
         raise min(busy, key=lambda error: error.retry_after_s or 0) if busy else refusals[-1]

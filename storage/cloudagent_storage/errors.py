@@ -25,6 +25,7 @@
     + DatabaseUnavailable       whatever was to be done may be tried again
       - DatabaseBusy, StorageFull
     + QueueUnavailable, ServerUnreachable, GitMissing, PortTaken
+    + ProviderBroken            its sandboxes do not do what the contract of all providers asks for
     + SandboxUnavailable        no sandbox can be made at all
       - ProviderBusy            not now: later, or by another provider
       - TemplateNotFound
@@ -499,6 +500,15 @@ class PortTaken(Unavailable):
 
     code = "port_taken"
     remedy = "Choose another with --port; 0 takes a free one."
+
+
+class ProviderBroken(Unavailable):
+    """The sandbox provider does not do what is asked of every provider."""
+
+    code = "provider_broken"
+    remedy = (
+        "Tasks may fail or be lost with this provider; please report it, with the output of `ca doctor --provider`."
+    )
 
 
 class SandboxUnavailable(Unavailable):

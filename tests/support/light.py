@@ -74,6 +74,7 @@ class LightSandbox:
 
     python = "python"
     resources = None
+    remark = None
 
     def __init__(self, sandbox_id: str) -> None:
         self.id = sandbox_id
@@ -155,7 +156,7 @@ def in_process(given: Mapping[str, Any]) -> None:
     """Sandboxes and agents in memory, and a repository that is neither checked out nor saved."""
     note_claims(given)
     agents.AGENTS = {"claude": (__name__, LightAgent.__name__)}
-    sandbox_kinds.PROVIDERS = {"unsafe-process": (__name__, LightProvider.__name__)}
+    sandbox_kinds.PROVIDERS = {"unsafe-process": sandbox_kinds.Entry(__name__, LightProvider.__name__)}
 
     def check_out(*_: Any, **__: Any) -> str:
         return "0" * 40

@@ -72,6 +72,8 @@ class Sandbox(Protocol):
     """An interpreter inside that can import claude_agent_sdk."""
     resources: Resources | None
     """What it occupies, where that costs something."""
+    remark: str | None
+    """What its user should know of how it was made, if anything."""
 
     def start(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
         """Start the one command of this sandbox's life, detached: it outlives this process.
@@ -162,7 +164,10 @@ class Provider(Protocol):
         ...
 
     def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
-        """The living sandboxes whose metadata holds all of these."""
+        """The living sandboxes whose metadata holds all of these.
+
+        Raises `SandboxUnreachable` when nobody can tell, and `SandboxUnavailable` with the remedy.
+        """
         ...
 
     def self_check(self) -> str:
@@ -170,9 +175,25 @@ class Provider(Protocol):
         ...
 
 
-PROVIDERS: Mapping[str, tuple[str, str]] = {
-    "local": ("cloudagent_queue.sandboxes.local", "LocalProvider"),
-    "unsafe-process": ("cloudagent_queue.sandboxes.local", "UnsafeProcessProvider"),
+@dataclass(frozen=True)
+class Entry:
+    """A line of `PROVIDERS`: where a provider is, and which of its operator's variables it uses, keys among them."""
+
+    module: str
+    attribute: str
+    environment: Sequence[str] = ()
+
+
+_LIFE = ("SANDBOX_TEMPLATE", "SANDBOX_SESSION_MINUTES")
+PROVIDERS: Mapping[str, Entry] = {
+    "local": Entry("cloudagent_queue.sandboxes.local", "LocalProvider"),
+    "novita": Entry("cloudagent_queue.sandboxes.e2b", "NovitaProvider", ("NOVITA_API_KEY", "NOVITA_DOMAIN", *_LIFE)),
+    "e2b": Entry(
+        "cloudagent_queue.sandboxes.e2b",
+        "E2BProvider",
+        ("E2B_API_KEY", "E2B_DOMAIN", "E2B_API_URL", "E2B_SANDBOX_URL", *_LIFE),
+    ),
+    "unsafe-process": Entry("cloudagent_queue.sandboxes.local", "UnsafeProcessProvider"),
 }
 
 
@@ -198,15 +219,23 @@ def place_of(data_folder: Path) -> str:
         ) from error
 
 
-def open_provider(name: str, *, data_folder: Path) -> Provider:
+def open_provider(name: str, *, data_folder: Path, env: Mapping[str, str] | None = None) -> Provider:
     """The provider of that name; its module is only imported now.
 
+    `env` is looked at for the variables that its line in `PROVIDERS` names, and for no other.
     Raises `UnknownProvider`, naming the choices.
     """
+    entry = entry_of(name)
+    factory = getattr(importlib.import_module(entry.module), entry.attribute)
+    if entry.environment:
+        return cast(Provider, factory({name: value for name in entry.environment if (value := (env or {}).get(name))}))
+    return cast(Provider, factory(data_folder / "sandboxes"))
+
+
+def entry_of(name: str) -> Entry:
+    """The line of a provider. Raises `UnknownProvider`, naming the choices."""
     try:
-        module, attribute = PROVIDERS[name]
+        return PROVIDERS[name]
     except KeyError:
         choices = ", ".join(PROVIDERS)
         raise UnknownProvider(remedy=f"Set SANDBOX_PROVIDER to one of: {choices}.") from None
-    factory = getattr(importlib.import_module(module), attribute)
-    return cast(Provider, factory(data_folder / "sandboxes"))

@@ -69,6 +69,7 @@ class LocalSandbox(ABC):
 
     python = sys.executable
     resources: Resources | None = None
+    remark: str | None = None
 
     def __init__(self, folder: Path) -> None:
         self.id = folder.name

@@ -39,7 +39,7 @@ def read(root: Path, path: str, *, offset: int, max_bytes: int) -> bytes:
 
     Raises `SandboxGone` when `root` does not exist, `SandboxUnreachable` when the host cannot read at all.
     """
-    parts = _parts(path)
+    parts = path_parts(path)
     if not parts:
         return b""
     try:
@@ -60,7 +60,7 @@ def write(root: Path, path: str, data: bytes) -> None:
 
     Raises `SandboxError` when a folder on the way is a symlink or cannot be written, `SandboxGone` without `root`.
     """
-    parts = _parts(path)
+    parts = path_parts(path)
     if not parts:
         raise SandboxError("A file in a sandbox needs a name.")
     fresh = f".{secrets.token_hex(8)}.new"
@@ -86,7 +86,7 @@ def check_folder(root: Path, path: str, *, create: bool = False) -> str:
 
     Raises `SandboxError` when it would lead out, a symlink is on the way, or there is no such folder.
     """
-    parts = _parts(path)
+    parts = path_parts(path)
     try:
         with _open_folder(root, parts, create=create):
             return "/".join(parts)
@@ -156,7 +156,8 @@ def _read_regular(file: int, offset: int, max_bytes: int) -> bytes:
     return bytes(data)
 
 
-def _parts(path: str) -> tuple[str, ...]:
+def path_parts(path: str) -> tuple[str, ...]:
+    """The components of a path below a sandbox's root. Raises `SandboxError` for one that could lead out of it."""
     pure = PurePosixPath(path)
     try:
         encodable = b"\0" not in os.fsencode(path)

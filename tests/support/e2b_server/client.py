@@ -62,6 +62,11 @@ class E2bServer:
         """What the SDK wants to be called with."""
         return {"api_url": self.url, "sandbox_url": self.url, "api_key": self.api_key}
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that point the product's own provider at it."""
+        return {"E2B_API_KEY": self.api_key, "E2B_API_URL": self.url, "E2B_SANDBOX_URL": self.url}
+
     def fault(self, kind: str, path: str = ANY, **how: Any) -> Fault:
         """Let something happen to the next requests whose whole path fits; the first fault that fits takes a request.
 
