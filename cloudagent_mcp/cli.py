@@ -17,6 +17,7 @@ import click
 
 from cloudagent_mcp.cli_schedules import schedule
 from cloudagent_mcp.cli_shared import as_json, client, given, print_answer, task_options
+from cloudagent_mcp.cli_template import template
 from cloudagent_storage.errors import (
     CloudAgentError,
     CredentialMissing,
@@ -297,6 +298,7 @@ def _directory(directory: Path | None) -> dict[str, str]:
 
 
 ca.add_command(schedule)
+ca.add_command(template)
 
 
 # -- the installation -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from cloudagent_queue import git
 from cloudagent_queue.agents import open_agent
 from cloudagent_queue.sandboxes.contract import CHECKS, Check, Trial, name_of
 from cloudagent_queue.sandboxes.prices import Prices
+from cloudagent_queue.sandboxes.template import SERVICES
 from cloudagent_storage.errors import CloudAgentError, ProviderBroken, SandboxUnavailable, Unavailable
 from cloudagent_storage.records import Record
 
@@ -42,6 +43,7 @@ def examine(settings: Settings) -> Generator[Finding]:
     """Check everything; one check that fails does not end the others."""
     app = App(settings)
     agent = open_agent("claude")
+    clouds = [name for name in app.providers if name in SERVICES]
     checks: list[tuple[str, Callable[[], str]]] = [
         ("data folder", lambda: _data_folder(settings)),
         ("database", lambda: _database(app)),
@@ -55,6 +57,8 @@ def examine(settings: Settings) -> Generator[Finding]:
     ]
     for name, check in checks:
         yield _find(name, check)
+    if clouds:
+        yield _template(settings.sandbox_template, clouds[0])
     app.close()
 
 
@@ -126,6 +130,17 @@ def _find(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name=name, ok=False, message=error.message, remedy=error.remedy)
     except Exception as error:
         return Finding(name=name, ok=False, message=f"The check itself failed ({type(error).__name__}).")
+
+
+def _template(name: str | None, provider: str) -> Finding:
+    if name is not None:
+        return Finding(name="template", ok=True, message=name)
+    return Finding(
+        name="template",
+        ok=True,
+        message="none: each sandbox is prepared first, which takes a minute or more",
+        remedy=f"Faster: `ca template build --provider {provider}`, and set SANDBOX_TEMPLATE as it says.",
+    )
 
 
 def _data_folder(settings: Settings) -> str:

@@ -279,15 +279,20 @@ class Placement:
             return
         if template is not None:
             key = self.set_up_key(self.provider)
-            self.worker.store.templates.keep(self.claim.account_id, self.provider.name, key, template)
+            replaced = self.worker.store.templates.keep(self.claim.account_id, self.provider.name, key, template)
             self.note("Kept the finished set-up for later tasks.", level=Level.DEBUG)
+            if replaced is not None:
+                try:
+                    self.provider.forget(replaced)
+                except (SandboxError, SandboxUnavailable) as error:
+                    log.warning("a set-up that was replaced stays at %s: %s", self.provider.name, error)
 
     def set_up_key(self, provider: Provider) -> str:
         assert self.spec.setup is not None
         return repository.setup_key(
             repository=self.spec.repository,
             provider=provider.name,
-            template=self.config.template,
+            template=self.config.template or provider.template,
             setup=self.spec.setup,
             environment=self.config.environment,
             manifests=self.manifests,

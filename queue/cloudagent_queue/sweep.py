@@ -9,14 +9,14 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.sandboxes import Provider
 from cloudagent_queue.schedules import fire_due
 from cloudagent_queue.task_queue import TaskQueue
-from cloudagent_storage.errors import CloudAgentError, SandboxGone
+from cloudagent_storage.errors import CloudAgentError, SandboxError, SandboxGone, SandboxUnreachable
 from cloudagent_storage.secrets import Keyring
 from cloudagent_storage.store import Store
 
@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 
 RINGS_MAX = 100
 """Messages that may wait in the queue before the sweeper adds none."""
-
-
+SET_UP_UNUSED_S = 30 * 86_400.0
+"""A finished set-up that no task has asked for within this time is deleted where it is kept."""
+FORGOTTEN_AT_ONCE = 20
+"""How many of them one turn deletes, each in a call of its own, while schedules wait."""
 WAKE_S = 0.5
 """The longest that a sweeper which is woken goes on waiting."""
 
@@ -42,7 +44,7 @@ class Kept:
 def sweep_forever(
     store: Store,
     queue: TaskQueue,
-    providers: Iterable[Callable[[], Provider]],
+    providers: Sequence[Callable[[], Provider]],
     *,
     keyring: Keyring,
     ring: Callable[[str], None],
@@ -65,6 +67,8 @@ def sweep_forever(
         if pruned_at is not None and time.monotonic() - pruned_at < timers.prune_s:
             return 0
         count = prune(store, kept, stopping)
+        for open in providers:
+            _try(lambda open=open: forget_unused(store, open()))
         pruned_at = time.monotonic()
         return count
 
@@ -109,6 +113,27 @@ def prune(store: Store, kept: Kept, stopping: threading.Event) -> int:
     if count:
         log.info("%d tasks have expired: their logs, diffs and bundles are deleted", count)
     return count
+
+
+def forget_unused(store: Store, provider: Provider, *, for_s: float = SET_UP_UNUSED_S) -> int:
+    """Delete a provider's finished set-ups that nobody uses any more. Returns how many.
+
+    The provider first: a task that was just given one finds it missing, and runs its set-up. The other way round, a
+    crash in between would leave what nobody knows of any more, and somebody pays for.
+    """
+    forgotten = 0
+    for kept in store.templates.unused(provider.name, for_s=for_s, limit=FORGOTTEN_AT_ONCE):
+        try:
+            provider.forget(kept.template)
+        except SandboxUnreachable:
+            raise
+        except SandboxError as error:
+            log.warning("could not delete a set-up that nobody uses at %s: %s", provider.name, error)
+            continue
+        forgotten += store.templates.forget(kept)
+    if forgotten:
+        log.info("%d set-ups that nobody has used for long are deleted at %s", forgotten, provider.name)
+    return forgotten
 
 
 def ring_again(store: Store, queue: TaskQueue, timers: Timers) -> int:

@@ -29,6 +29,7 @@
     + SandboxUnavailable        no sandbox can be made at all
       - ProviderBusy            not now: later, or by another provider
       - TemplateNotFound
+      - TemplateBuildFailed
   x SandboxError                about one sandbox
     + SandboxGone               it is confirmed dead: make a new one
     + SandboxUnreachable        it may live, and the work is in it: never replace it
@@ -542,6 +543,13 @@ class TemplateNotFound(SandboxUnavailable):
     remedy = (
         "Correct SANDBOX_TEMPLATE, or build one with `ca template build`. It belongs to one account and one region."
     )
+
+
+class TemplateBuildFailed(SandboxUnavailable):
+    """The sandbox provider could not build the template."""
+
+    code = "template_build_failed"
+    remedy = "Try again: what was built is kept there. If it fails at the same step, report it with these lines."
 
 
 class SandboxError(CloudAgentError):

@@ -62,9 +62,10 @@ def test_what_nobody_asks_for_is_listed_and_what_is_asked_for_goes_to_the_end(st
     for name in ("one", "two", "three"):
         store.templates.keep("team-a", "e2b", name, f"tpl-{name}")
         later(store)
-    assert store.templates.unused(for_s=3600) == []
-    listed = store.templates.unused(for_s=-1)
+    store.templates.keep("team-a", "novita", "other", "tpl-other")
+    assert store.templates.unused("e2b", for_s=3600) == []
+    listed = store.templates.unused("e2b", for_s=-1)
     assert listed == [kept(f"tpl-{name}", key=name) for name in ("one", "two", "three")]
     store.templates.find("team-a", "e2b", "one")
-    assert [found.key for found in store.templates.unused(for_s=-1)] == ["two", "three", "one"]
-    assert [found.key for found in store.templates.unused(for_s=-1, limit=1)] == ["two"]
+    assert [found.key for found in store.templates.unused("e2b", for_s=-1)] == ["two", "three", "one"]
+    assert [found.key for found in store.templates.unused("e2b", for_s=-1, limit=1)] == ["two"]

@@ -126,6 +126,7 @@ class LightSandbox:
 class LightProvider:
     name = "unsafe-process"
     session_cap_s = None
+    template = None
     place = None
 
     def __init__(self, folder: Path) -> None: ...
@@ -138,6 +139,8 @@ class LightProvider:
 
     def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
         return ()
+
+    def forget(self, template: str) -> None: ...
 
     def self_check(self) -> str:
         return "in memory"

@@ -146,6 +146,8 @@ class Provider(Protocol):
     name: str
     session_cap_s: float | None
     """The longest life of one sandbox, or None."""
+    template: str | None
+    """What a sandbox starts from where nothing else is asked for, if that has a name."""
 
     @property
     def place(self) -> str | None:
@@ -167,6 +169,14 @@ class Provider(Protocol):
         """The living sandboxes whose metadata holds all of these.
 
         Raises `SandboxUnreachable` when nobody can tell, and `SandboxUnavailable` with the remedy.
+        """
+        ...
+
+    def forget(self, template: str) -> None:
+        """Delete what `Sandbox.snapshot` has kept. One that is gone is no error.
+
+        Raises `SandboxError` when the provider refuses, `SandboxUnreachable` when nobody can tell, and
+        `SandboxUnavailable` with the remedy.
         """
         ...
 

@@ -284,6 +284,7 @@ class _E2BProvider:
         self.name = self.service.name
         self._api = Api(self.service, env, create_s=create_s)
         self.session_cap_s: float | None = self._api.session_s
+        self.template = self._api.template
 
     def create(self, spec: SandboxSpec = PLAIN, *, metadata: Mapping[str, str]) -> E2BSandbox:
         made = self._api.create(spec, metadata)
@@ -305,6 +306,9 @@ class _E2BProvider:
 
     def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
         return self._api.find(metadata)
+
+    def forget(self, template: str) -> None:
+        self._api.forget(template)
 
     def self_check(self) -> str:
         count = len(self._api.find({}))

@@ -172,7 +172,7 @@ class Api:
         if response is None:
             message = f"{self.service.title} does not answer at its address."
             remedy = (
-                f"Check {self._address_variable} and the network; or name another provider in SANDBOX_PROVIDER as well."
+                f"Check {self.address_variable} and the network; or name another provider in SANDBOX_PROVIDER as well."
             )
             raise ProviderBusy(message, remedy=remedy) from cause
         raise ProviderBusy(
@@ -189,16 +189,16 @@ class Api:
             while pages.has_next:
                 found += pages.next_items()
         except sdk.AuthenticationException as error:
-            raise self._key_refused() from error
+            raise self.key_refused() from error
         except Exception as error:
             status = getattr(error, "status_code", None)
             if status == 403:
-                raise self._key_refused() from error
+                raise self.key_refused() from error
             if status in (404, 405):
-                raise self._other_api("lists sandboxes", status) from error
+                raise self.other_api("lists sandboxes", status) from error
             raise SandboxUnreachable(
                 f"{self.service.title} does not say which sandboxes there are.",
-                remedy=f"Check {self._address_variable} and the network, and try again.",
+                remedy=f"Check {self.address_variable} and the network, and try again.",
             ) from error
         return [
             SandboxInfo(id=info.sandbox_id, metadata={k: v for k, v in info.metadata.items() if k != _MARK})
@@ -249,6 +249,16 @@ class Api:
         if until > info.end_at:
             left = int((until - now).total_seconds())
             self.about(sandbox_id, lambda sdk, options: sdk.Sandbox.set_timeout(sandbox_id, left, **options))
+
+    def forget(self, snapshot: str) -> None:
+        """Delete a snapshot; one that the service does not know is gone."""
+        sdk, options = self.sdk, self.options()
+        try:
+            sdk.Sandbox.delete_snapshot(snapshot, **options)
+        except Exception as error:
+            if getattr(error, "status_code", None) in (400, 405, 409, 501):
+                raise SandboxError(f"{self.service.title} refuses to delete the snapshot.") from error
+            raise self._out_of_reach(error) from error
 
     def kill(self, sandbox_id: str) -> None:
         """Returns when the service says that there is no such sandbox; that it was killed, a proxy might say, too."""
@@ -343,9 +353,9 @@ class Api:
                 "A template belongs to one account and one region.",
             )
         if status in (401, 403):
-            return self._key_refused()
+            return self.key_refused()
         if status in (404, 405):
-            return self._other_api("makes a sandbox", status)
+            return self.other_api("makes a sandbox", status)
         if status == 402 or "quota" in said or "billing" in said or "balance" in said:
             return SandboxUnavailable(
                 f"{title} wants the account to be paid for ({status}).", remedy=f"Look at the billing page of {title}."
@@ -360,14 +370,14 @@ class Api:
             remedy=f"Run `ca doctor --provider {self.service.name}`.",
         )
 
-    def _other_api(self, call: str, status: int) -> SandboxUnavailable:
+    def other_api(self, call: str, status: int) -> SandboxUnavailable:
         return SandboxUnavailable(
             f"{self.service.title} does not know the call that {call} ({status}): it has another version of the API.",
-            remedy=f"Check {self._address_variable}; this release uses the API of the e2b SDK "
+            remedy=f"Check {self.address_variable}; this release uses the API of the e2b SDK "
             f"{importlib.metadata.version('e2b')}.",
         )
 
-    def _key_refused(self) -> SandboxUnavailable:
+    def key_refused(self) -> SandboxUnavailable:
         service = self.service
         other = next(
             (other for other in (NOVITA, E2B) if other is not service and self._key.startswith(other.prefix)), None
@@ -388,12 +398,12 @@ class Api:
 
     def _out_of_reach(self, error: Exception) -> SandboxUnreachable:
         if isinstance(error, self.sdk.AuthenticationException) or getattr(error, "status_code", None) == 403:
-            refused = self._key_refused()
+            refused = self.key_refused()
             return SandboxUnreachable(refused.message, remedy=refused.remedy)
         return SandboxUnreachable()
 
     @property
-    def _address_variable(self) -> str:
+    def address_variable(self) -> str:
         if self.service is E2B:
             return "E2B_DOMAIN or E2B_API_URL"
         return f"{self.service.domain}, which names a region, such as {self.service.default_domain},"

@@ -393,6 +393,7 @@ class _FolderProvider(ABC):
 
     name: str
     session_cap_s: float | None = None
+    template: str | None = None
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -444,6 +445,9 @@ class _FolderProvider(ABC):
                 if metadata.items() <= about["metadata"].items():
                     found.append(SandboxInfo(id=folder.name, metadata=about["metadata"]))
         return found
+
+    def forget(self, template: str) -> None:
+        return  # nothing was kept: `snapshot` makes none
 
     @abstractmethod
     def self_check(self) -> str: ...

@@ -48,11 +48,12 @@ class Templates:
         with self._db.writing():
             return self._rows.delete().where(same).execute() > 0
 
-    def unused(self, *, for_s: float, limit: int = 100) -> Sequence[KeptTemplate]:
-        """Templates that nobody has asked for within so many seconds, the longest unused first."""
+    def unused(self, provider: str, *, for_s: float, limit: int = 100) -> Sequence[KeptTemplate]:
+        """A provider's templates that nobody has asked for within so many seconds, the longest unused first."""
         rows = self._rows
         with self._db.reading():
-            query = rows.select().where(rows.last_used_at < self._db.later(-for_s)).order_by(rows.last_used_at)
+            old = (rows.provider == provider) & (rows.last_used_at < self._db.later(-for_s))
+            query = rows.select().where(old).order_by(rows.last_used_at)
             return [_template_of(row) for row in list(query.limit(limit))]
 
     def _is(self, account_id: str, provider: str, key: str) -> Any:
