@@ -245,9 +245,8 @@ def _refusal(api: Api, error: Exception) -> SandboxUnavailable:
             f"{title} refuses to build the template ({status}): {said}", remedy="Correct --name, --cpus or --memory-mb."
         )
     # The SDK fails on an answer of another form, and its status is lost with it.
-    what = (
-        "answers with what is none of its API's" if isinstance(error, ValueError | LookupError) else "does not answer"
-    )
+    answered = isinstance(error, ValueError | LookupError | api.sdk.BuildException)
+    what = "answers with what is none of its API's" if answered else "does not answer"
     return ProviderBusy(
         f"{title} {what} at its address.", remedy=f"Check {api.address_variable} and the network, and try again."
     )
