@@ -187,6 +187,7 @@ def test_answers_that_are_lost_on_the_way_end_no_build_and_cost_no_line(server: 
         server.fault("cut", STATUS, count=2),
         server.fault("answer", STATUS, status=502, count=4),
         server.fault("answer", STATUS, status=404, body="<html>"),
+        server.fault("answer_after", STATUS, status=404, body="<html>", count=2),
     ]
     told: list[str] = []
     build(server, told)
