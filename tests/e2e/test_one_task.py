@@ -329,7 +329,7 @@ def test_an_agent_that_says_nothing_is_ended_as_idle(world: World, repo: Path) -
     hang = Rule(prompt="Hang", turns=(do(bash("echo x > x.txt")), Turn(fault="hang")))
     with ScriptedModel([hang]) as model:
         world = world.with_model(model.environment())
-        world.start_worker(idle_s=2.0)
+        world.start_worker(idle_s=4.0)
         with world.client(repo) as client:
             task_id = submit(client, "Hang")
             task = world.wait(client, task_id)
