@@ -20,12 +20,11 @@ import psutil
 import pytest
 
 from cloudagent_mcp.scripted_model import Rule, ScriptedModel
-from cloudagent_queue import git
 from cloudagent_queue.repository import bundle_working_tree, check_out, fetch
 from cloudagent_queue.sandboxes import Provider, Sandbox, open_provider
 from cloudagent_storage.errors import SandboxUnreachable
 from tests.support.e2b_server.client import E2bServer, e2b_server
-from tests.support.git_repos import make_repository
+from tests.support.git_repos import git, make_repository
 from tests.support.git_server import git_server
 from tests.support.scripts import say
 from tests.support.worlds import World
@@ -95,10 +94,10 @@ def test_a_repository_of_100_mb_from_an_address_into_a_sandbox(provider: Provide
     for number in range(MEGABYTES):
         (shop / f"{number}.bin").write_bytes(os.urandom(1_000_000))
     bundled = bundle_working_tree(shop, base_ref=None)
-    git.run("add", "-A", folder=shop)
-    git.run("commit", "-q", "-m", "large", folder=shop, env=git.AUTHOR)
+    git(shop, "add", "-A")
+    git(shop, "commit", "-q", "-m", "large")
     (tmp_path / "served").mkdir()
-    git.run("clone", "--quiet", "--bare", str(shop), str(tmp_path / "served/shop.git"), folder=tmp_path)
+    git(tmp_path, "clone", "--quiet", "--bare", "shop", "served/shop.git")
     with git_server(tmp_path / "tls", {"": tmp_path / "served"}) as served:
         home = tmp_path / "home"
         home.mkdir()
@@ -109,9 +108,7 @@ def test_a_repository_of_100_mb_from_an_address_into_a_sandbox(provider: Provide
         def bring() -> bytes:
             return fetch(address, base_ref=None, cache_folder=tmp_path / "cache", env=env, timeout_s=600).bundle
 
-        floor = took(
-            lambda: git.run("clone", "--quiet", "--bare", str(tmp_path / "served/shop.git"), "floor", folder=tmp_path)
-        )
+        floor = took(lambda: git(tmp_path, "clone", "--quiet", "--bare", "--no-local", "served/shop.git", "floor"))
         first = took(bring)
         second = took(bring)
         size = len(bring())
