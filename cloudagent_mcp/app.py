@@ -16,6 +16,7 @@ from cloudagent_mcp.operations import Caller, Operation, operations_of
 from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.credentials import Credentials
 from cloudagent_mcp.operations.schedules import Schedules
+from cloudagent_mcp.operations.submission import Allowed
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage.errors import CloudAgentError
@@ -67,6 +68,10 @@ class App:
         return open_provider(name, data_folder=self.settings.cloudagent_home, env=env)
 
     @cached_property
+    def allowed(self) -> Allowed:
+        return Allowed(providers=self.providers, egress=self.settings.sandbox_egress_tasks)
+
+    @cached_property
     def credentials(self) -> Credentials:
         """The operator's own."""
         key, token = self.settings.system_anthropic_api_key, self.settings.system_github_token
@@ -80,7 +85,7 @@ class App:
         return Tasks(
             lambda: self.store,
             lambda: self.settings.keyring,
-            providers=self.providers,
+            allowed=self.allowed,
             state_folder=self.settings.cloudagent_home / "apply",
             credentials=self.credentials,
             running_max=self.settings.account_running_max,
@@ -93,7 +98,7 @@ class App:
             lambda: self.store,
             lambda: self.settings.keyring,
             submit_task=operations_of(self.tasks)["submit_task"],
-            providers=self.providers,
+            allowed=self.allowed,
             credentials=self.credentials,
             ring=self.ring,
             ensure_worker=self.ensure_worker,

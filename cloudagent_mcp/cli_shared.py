@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -52,13 +52,18 @@ TASK_OPTIONS = (
     click.option("--max-turns", type=int, help="How many turns it may take."),
     click.option("--max-budget-usd", type=float, help="What it may spend."),
     click.option("--provider", help="Where its sandbox comes from."),
+    click.option("--egress", multiple=True, metavar="HOST", help="One more host that its sandbox may reach."),
     click.option("--tag", "tags", multiple=True, help="A word to find it by; may be given several times."),
     click.option("--priority", type=click.Choice(["low", "normal", "high"]), help="Before which of your other tasks."),
 )
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+    return {
+        name: list(cast("tuple[str, ...]", value)) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
 
 
 def print_answer(answer: dict[str, Any], as_json: bool, how: str) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, create_model
 
 from cloudagent_mcp.operations import Caller, Operation, check_arguments, operation
 from cloudagent_mcp.operations.credentials import Credentials
-from cloudagent_mcp.operations.submission import check_task, find_source, title_of
+from cloudagent_mcp.operations.submission import Allowed, check_task, find_source, title_of
 from cloudagent_queue.agents import open_agent
 from cloudagent_queue.cron import Cron
 from cloudagent_queue.schedules import run_now
@@ -55,7 +55,7 @@ class Schedules:
         keyring: Callable[[], Keyring],
         *,
         submit_task: Operation,
-        providers: Sequence[str],
+        allowed: Allowed,
         credentials: Credentials,
         ring: Callable[[str], None],
         ensure_worker: Callable[[], None],
@@ -64,7 +64,7 @@ class Schedules:
         self._open_store = store
         self._keyring = keyring
         self._task_arguments = _without(submit_task.arguments, "idempotency_key")
-        self._providers = providers
+        self._allowed = allowed
         self._credentials = credentials
         self._ring = ring
         self._ensure_worker = ensure_worker
@@ -168,7 +168,7 @@ class Schedules:
         """The task checked as a submit would, its folder made absolute and read once, to see that it can be."""
         try:
             asked = check_arguments(self._task_arguments, task)
-            spec = check_task(asked, self._providers)
+            spec = check_task(asked, self._allowed, own_user=caller.local)
             source = find_source(caller, asked["repository"], asked["base_ref"])
         except InvalidInput as error:
             error.field = "task" if error.field is None else f"task.{error.field}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cloudagent_mcp.operations import Caller
 from cloudagent_queue import repository
+from cloudagent_queue.allowed_hosts import WhoMayAsk, check_asked
 from cloudagent_queue.repository import Source, read_source
 from cloudagent_storage.errors import (
     InvalidInput,
@@ -22,10 +24,21 @@ from cloudagent_storage.records import TaskSpec
 PROMPT_MAX = 100_000
 
 
-def check_task(asked: Mapping[str, Any], providers: Sequence[str]) -> TaskSpec:
+@dataclass(frozen=True)
+class Allowed:
+    """What its operator lets tasks ask for."""
+
+    providers: Sequence[str]
+    """Where sandboxes come from, the preferred one first."""
+    egress: WhoMayAsk
+    """Whose tasks may ask for hosts that the operator did not list."""
+
+
+def check_task(asked: Mapping[str, Any], allowed: Allowed, *, own_user: bool) -> TaskSpec:
     """The arguments of `submit_task`, which are of the right types and within their limits already, as a task.
 
-    Its repository is not looked at. Raises errors under `InvalidInput`.
+    `own_user` says that the user of this machine asks. Its repository is not looked at.
+    Raises errors under `InvalidInput`.
     """
     prompt: str = asked["prompt"]
     if not prompt.strip():
@@ -34,11 +47,12 @@ def check_task(asked: Mapping[str, Any], providers: Sequence[str]) -> TaskSpec:
         raise PromptTooLong(f"The prompt has {len(prompt)} characters; the limit is {PROMPT_MAX}.")
     if any(not tag.strip() or len(tag) > 100 for tag in asked["tags"]):
         raise OutOfRange("A tag has 1 to 100 characters.", field="tags")
-    if asked["provider"] is not None and asked["provider"] not in providers:
-        raise UnknownProvider(remedy=f"Choose one of: {', '.join(providers)}.")
+    if asked["provider"] is not None and asked["provider"] not in allowed.providers:
+        raise UnknownProvider(remedy=f"Choose one of: {', '.join(allowed.providers)}.")
     chosen = {
         "title": title_of(prompt, asked["title"]),
         "tags": tuple(asked["tags"]),
+        "egress": check_asked(asked["egress"], allowed.egress, own_user=own_user),
         "repository": "none",
     }
     return TaskSpec.model_validate({**asked, **chosen})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -15,7 +15,7 @@ from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Caller, in_thread, operation
 from cloudagent_mcp.operations.credentials import Credentials, secret
 from cloudagent_mcp.operations.diffs import Diff, parse_diff
-from cloudagent_mcp.operations.submission import check_task, find_source
+from cloudagent_mcp.operations.submission import Allowed, check_task, find_source
 from cloudagent_mcp.operations.waiting import wait_for
 from cloudagent_queue.agents import open_agent
 from cloudagent_storage.errors import NoChanges, NotReady, TargetNotAllowed, TaskExpired
@@ -101,7 +101,7 @@ class Tasks:
         store: Callable[[], Store],
         keyring: Callable[[], Keyring],
         *,
-        providers: Sequence[str],
+        allowed: Allowed,
         state_folder: Path,
         credentials: Credentials,
         running_max: int | None,
@@ -113,7 +113,7 @@ class Tasks:
         """
         self._open_store = store
         self._keyring = keyring
-        self._providers = providers
+        self._allowed = allowed
         self._state_folder = state_folder
         self._credentials = credentials
         self._running_max = running_max
@@ -161,6 +161,7 @@ class Tasks:
         max_turns: Annotated[int | None, Field(ge=1, le=10_000, description="How many turns it may take.")] = None,
         max_budget_usd: Annotated[float | None, Field(gt=0, le=10_000, description="What it may spend.")] = None,
         provider: Annotated[str | None, Field(max_length=100, description="Where its sandbox comes from.")] = None,
+        egress: Annotated[list[str], Field(max_length=200, description="More hosts that its sandbox may reach.")] = [],  # noqa: B006
         tags: Annotated[list[str], Field(max_length=20, description="Words to find it by.")] = [],  # noqa: B006
         priority: Annotated[
             Literal["low", "normal", "high"],
@@ -192,10 +193,11 @@ class Tasks:
             "max_turns": max_turns,
             "max_budget_usd": max_budget_usd,
             "provider": provider,
+            "egress": egress,
             "tags": tags,
             "priority": priority,
         }
-        spec = check_task(asked, self._providers)
+        spec = check_task(asked, self._allowed, own_user=caller.local)
         environment = self._credentials.for_agent(caller, open_agent(spec.agent), anthropic_api_key)
         tokens = self._credentials.for_git(caller, github_token)
         idempotency = None

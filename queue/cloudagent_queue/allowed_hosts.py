@@ -68,9 +68,10 @@ def check_asked(hosts: Sequence[str], who: WhoMayAsk, *, own_user: bool) -> tupl
     `own_user` says that they come from the user of the worker's machine, and not from elsewhere or from a repository.
     Raises `EgressNotAllowed` and `InvalidEgress`.
     """
-    if hosts and not (who == "any" or (who == "user" and own_user)):
+    checked = check_egress(hosts)
+    if checked and not (who == "any" or (who == "user" and own_user)):
         raise EgressNotAllowed
-    return check_egress(hosts)
+    return checked
 
 
 def egress_for(setting: str, agent: Agent, env: Mapping[str, str], spec: TaskSpec) -> tuple[str, ...] | None:

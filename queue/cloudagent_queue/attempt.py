@@ -7,7 +7,8 @@ import threading
 import time
 
 from cloudagent_queue import repository
-from cloudagent_queue.follow import Ending, LogReader, read_result
+from cloudagent_queue.agents import EVENTS
+from cloudagent_queue.follow import CHUNK, Ending, LogReader, read_result
 from cloudagent_queue.placement import Draining, Ended, Placement
 from cloudagent_storage.errors import (
     CloudAgentError,
@@ -149,7 +150,7 @@ class Attempt(Placement):
 
     def follow(self) -> Ending:
         """Read the agent's log into the store until the agent ends, or has to be ended."""
-        reader = self.reader = LogReader(self.box, self.log_offset, self.redactor)
+        reader = self.reader = LogReader(self.log_offset, self.redactor)
         limit_s = self.spec.timeout_minutes * 60
         if self.phase in (Phase.SAVE, Phase.VERIFY):
             # It had ended when an earlier attempt died; what it was stopped for, if it was, is still so.
@@ -161,23 +162,22 @@ class Attempt(Placement):
                 "interrupted", "The agent's result is missing.", "Look at the end of the log."
             )
         started = time.monotonic() - self.running_s
-        last_event = checkpoint_at = time.monotonic()
+        last_event = checkpoint_at = result_at = time.monotonic()
         """The time of the last checkpoint, or since when there was nothing to keep."""
         asked_to_stop: tuple[float, Ending | None] | None = None
         while True:
             self.lease.check()
             if self.worker.stopping.is_set():
                 raise Draining
-            ended = read_result(self.box)
-            alive = ended is None and self.box.alive()
-            if ended is None and not alive:
-                ended = read_result(self.box)  # it may have come to its end between the two looks
+            chunk, alive = self.box.watch(EVENTS, offset=reader.offset, max_bytes=CHUNK, wait_s=self.timers.watch_s)
             now = time.monotonic()
-            # Read after looking for the end, so that the last lines are never missed.
-            if events := reader.read():
+            ended = None
+            if not alive or now - result_at > self.timers.signals_s:  # a runner may hang when it has ended
+                ended, result_at = read_result(self.box), now
+            if events := reader.take(chunk):
                 last_event = now
             self.running_s = now - started
-            if events or reader.moved:
+            if more := bool(events) or reader.moved:
                 self.usage = self.whole_usage(reader.usage(self.usage))
                 signals = self.tasks.follow(
                     self.task_id,
@@ -189,7 +189,8 @@ class Attempt(Placement):
                     running_seconds=self.running_s,
                 )
                 self.lease.renewed(signals)
-                continue
+                if ended is not None or not alive:
+                    continue  # all that it has said comes first
             if not reader.tool_running and last_event < checkpoint_at:
                 checkpoint_at = now  # it does nothing
             if alive and asked_to_stop is None and now - checkpoint_at > self.timers.checkpoint_s:
@@ -231,7 +232,8 @@ class Attempt(Placement):
             elif self.session_ends():
                 asked_to_stop = (now, None)
                 self.agent.tell(self.box, "stop", {"kind": "stop", "reason": "The sandbox's time is nearly up."})
-            self.worker.stopping.wait(self.timers.poll_s)
+            if more:
+                self.worker.stopping.wait(self.timers.poll_s)  # what an agent says at once is taken at once
 
     def reason_to_stop(self, running_s: float, limit_s: float, quiet_s: float, reader: LogReader) -> Ending | None:
         if self.lease.signals.cancel_requested:

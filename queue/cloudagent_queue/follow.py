@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
-from cloudagent_queue.agents import EVENTS, RESULT
+from cloudagent_queue.agents import RESULT
 from cloudagent_queue.redact import Redactor
 from cloudagent_queue.sandboxes import Sandbox
 from cloudagent_storage.errors import CloudAgentError
@@ -116,20 +116,18 @@ def read_result(sandbox: Sandbox) -> Ending | None:
 class LogReader:
     """Reads whole lines of the runner's log from a byte offset on."""
 
-    def __init__(self, sandbox: Sandbox, offset: int, redactor: Redactor) -> None:
+    def __init__(self, offset: int, redactor: Redactor) -> None:
         self.offset = offset
         """Everything before it has been read."""
         self.moved = False
-        """Did the last `read` take anything in?"""
+        """Did the last `take` get any further?"""
         self.tool_running = False
-        self._sandbox = sandbox
         self._redactor = redactor
         self._usage: Usage | None = None
         self._tools: set[str] = set()
 
-    def read(self) -> list[EventDraft]:
-        """The events of the lines that have been completed since the last call."""
-        chunk = self._sandbox.read(EVENTS, offset=self.offset, max_bytes=CHUNK)
+    def take(self, chunk: bytes) -> list[EventDraft]:
+        """The events of the lines that are complete in what the log holds from `offset` on, `CHUNK` bytes at most."""
         end = chunk.rfind(b"\n") + 1
         self.moved = bool(end) or len(chunk) == CHUNK
         if not self.moved:

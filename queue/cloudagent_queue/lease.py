@@ -26,8 +26,10 @@ class Timers:
     """A worker that could not renew for this long lets go: earlier than the lease ends, so that two never overlap."""
     signals_s: float = 1.0
     """How often a cancel is looked for, at most and, while changes are not told of, at least."""
+    watch_s: float = 1.0
+    """How long one look at the runner's log waits for something new."""
     poll_s: float = 0.2
-    """How often the runner's log is read."""
+    """How long the log is left alone after something new was taken from it."""
     idle_s: float = 15 * 60.0
     idle_in_tool_s: float = 60 * 60.0
     """The idle limit while a tool call of the agent runs."""

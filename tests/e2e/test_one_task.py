@@ -303,7 +303,7 @@ def test_a_cancel_while_the_repository_is_fetched_ends_in_cancelled(world: World
 @pytest.mark.parametrize(
     ("limits", "code"),
     [
-        ({"timeout_minutes": 0.1}, "timed_out"),
+        ({"timeout_minutes": 0.2}, "timed_out"),
         ({"max_turns": 2}, "max_turns"),
         ({"max_budget_usd": 0.001}, "budget_exceeded"),
     ],
@@ -329,7 +329,7 @@ def test_an_agent_that_says_nothing_is_ended_as_idle(world: World, repo: Path) -
     hang = Rule(prompt="Hang", turns=(do(bash("echo x > x.txt")), Turn(fault="hang")))
     with ScriptedModel([hang]) as model:
         world = world.with_model(model.environment())
-        world.start_worker(idle_s=2.0)
+        world.start_worker(idle_s=8.0)
         with world.client(repo) as client:
             task_id = submit(client, "Hang")
             task = world.wait(client, task_id)

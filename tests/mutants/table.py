@@ -205,8 +205,8 @@ MUTANTS = (
     Mutant(
         "the_next_attempt_reads_the_log_from_its_start",
         f"{QUEUE}/attempt.py",
-        "LogReader(self.box, self.log_offset, self.redactor)",
-        "LogReader(self.box, 0, self.redactor)",
+        "LogReader(self.log_offset, self.redactor)",
+        "LogReader(0, self.redactor)",
         (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[sqlite]",),
         fast=False,
     ),

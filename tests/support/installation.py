@@ -36,6 +36,7 @@ FAST = Timers(
     heartbeat_s=0.5,
     let_go_s=2.0,
     signals_s=0.1,
+    watch_s=0.2,
     poll_s=0.05,
     stop_grace_s=3.0,
     ring_again_s=1.0,

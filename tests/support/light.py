@@ -20,7 +20,7 @@ from cloudagent_queue import agents, attempt, repository
 from cloudagent_queue import sandboxes as sandbox_kinds
 from cloudagent_queue.agents import EVENTS, RESULT
 from cloudagent_queue.follow import Ending
-from cloudagent_queue.sandboxes import PLAIN, CommandResult, SandboxInfo, SandboxSpec
+from cloudagent_queue.sandboxes import PLAIN, CommandResult, SandboxInfo, SandboxSpec, Watched
 from cloudagent_storage.records import Claim, TaskSpec, TaskStatus
 from cloudagent_storage.store.backlog import Backlog
 from tests.support.standin import StandIn
@@ -99,6 +99,15 @@ class LightSandbox:
         line = b'{"kind": "text", "level": "info", "message": "' + b"." * 200 + b'"}\n'
         said = int((time.monotonic() - self._made) / self._line_s)
         return (line * (said - offset // len(line)))[:max_bytes]
+
+    def watch(self, path: str, *, offset: int, max_bytes: int, wait_s: float) -> Watched:
+        deadline = time.monotonic() + wait_s
+        while True:
+            alive = self.alive()
+            data = self.read(path, offset=offset, max_bytes=max_bytes)
+            if data or not alive or time.monotonic() >= deadline:
+                return Watched(data, alive)
+            self.stopped.wait(0.1)
 
     def write(self, path: str, data: bytes) -> None: ...
 

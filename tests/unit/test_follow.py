@@ -11,7 +11,7 @@ import pytest
 from cloudagent_queue.agents import EVENTS, RESULT
 from cloudagent_queue.follow import CHUNK, LogReader, read_result
 from cloudagent_queue.redact import Redactor
-from cloudagent_storage.records import Level, TaskStatus, Usage
+from cloudagent_storage.records import EventDraft, Level, TaskStatus, Usage
 
 SECRET = "sk-secret-0123456789"
 
@@ -28,8 +28,12 @@ class Files:
 
 def reader(log: bytes) -> tuple[LogReader, Files]:
     files = Files({EVENTS: log})
-    sandbox: Any = files
-    return LogReader(sandbox, 0, Redactor([SECRET])), files
+    return LogReader(0, Redactor([SECRET])), files
+
+
+def read(log: LogReader, files: Files) -> list[EventDraft]:
+    """What is new in the log's file."""
+    return log.take(files.read(EVENTS, offset=log.offset, max_bytes=CHUNK))
 
 
 def event(kind: str = "text", message: str = "hi", **fields: Any) -> bytes:
@@ -44,10 +48,10 @@ def result(content: Any) -> Any:
 def test_only_whole_lines_are_taken_and_each_once() -> None:
     whole = event(message="one") + event(message="two")
     log, files = reader(whole[:-3])
-    assert [draft.message for draft in log.read()] == ["one"]
-    assert log.read() == [] and not log.moved
+    assert [draft.message for draft in read(log, files)] == ["one"]
+    assert read(log, files) == [] and not log.moved
     files.content[EVENTS] = whole + event(message="three")
-    assert [draft.message for draft in log.read()] == ["two", "three"]
+    assert [draft.message for draft in read(log, files)] == ["two", "three"]
     assert log.offset == len(files.content[EVENTS])
 
 
@@ -67,48 +71,48 @@ def test_only_whole_lines_are_taken_and_each_once() -> None:
     ],
 )
 def test_a_line_that_is_no_event_is_kept_as_a_warning_and_the_log_goes_on(line: bytes) -> None:
-    log, _ = reader(line + event(message="after"))
-    first, second = log.read()
+    log, files = reader(line + event(message="after"))
+    first, second = read(log, files)
     assert (first.kind, first.level) == ("stderr", Level.WARNING)
     assert second.message == "after"
 
 
 def test_a_line_longer_than_a_chunk_is_left_out_and_said_to_be() -> None:
-    log, _ = reader(b"x" * (CHUNK + 10) + b"\n" + event(message="after"))
-    assert "too long" in log.read()[0].message
-    assert log.read()[-1].message == "after"
+    log, files = reader(b"x" * (CHUNK + 10) + b"\n" + event(message="after"))
+    assert "too long" in read(log, files)[0].message
+    assert read(log, files)[-1].message == "after"
 
 
 def test_secrets_are_taken_out_of_messages_raw_parts_and_unreadable_lines() -> None:
-    log, _ = reader(event(message=f"key {SECRET}", raw={"deep": [SECRET]}) + f"broken {SECRET}\n".encode())
-    for draft in log.read():
+    log, files = reader(event(message=f"key {SECRET}", raw={"deep": [SECRET]}) + f"broken {SECRET}\n".encode())
+    for draft in read(log, files):
         assert SECRET not in draft.model_dump_json()
         assert "[redacted]" in draft.message
 
 
 def test_a_time_that_is_nonsense_is_dropped() -> None:
-    log, _ = reader(event(time="1999-01-01T00:00:00Z") + event(time="soon") + event(time=5))
-    assert [draft.timestamp for draft in log.read()] == [None, None, None]
+    log, files = reader(event(time="1999-01-01T00:00:00Z") + event(time="soon") + event(time=5))
+    assert [draft.timestamp for draft in read(log, files)] == [None, None, None]
 
 
 def test_a_tool_call_is_open_until_its_result_comes() -> None:
     log, files = reader(event("tool_use", raw={"id": "a"}) + event("tool_use", raw={"id": "b"}))
-    log.read()
+    read(log, files)
     assert log.tool_running
     files.content[EVENTS] += event("tool_result", raw={"tool_use_id": "a"})
-    log.read()
+    read(log, files)
     assert log.tool_running
     files.content[EVENTS] += event("tool_result", raw={"tool_use_id": "b"})
-    log.read()
+    read(log, files)
     assert not log.tool_running
 
 
 def test_the_newest_usage_counts_and_a_forged_one_does_not() -> None:
     log, files = reader(event("usage", raw={"usage": {"turns": 2, "cost_usd": 0.5}}))
-    log.read()
+    read(log, files)
     assert log.usage(Usage()).turns == 2
     files.content[EVENTS] += event("usage", raw={"usage": {"turns": "many"}}) + event("usage", raw={"usage": {}})
-    log.read()
+    read(log, files)
     assert log.usage(Usage()).turns == 2
 
 

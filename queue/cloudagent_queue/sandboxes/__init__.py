@@ -14,7 +14,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from cloudagent_storage.errors import SandboxUnavailable, UnknownProvider
 
@@ -56,6 +56,14 @@ class SandboxInfo:
 
     id: str
     metadata: Mapping[str, str]
+
+
+class Watched(NamedTuple):
+    """A look at a file that the started command writes."""
+
+    data: bytes
+    alive: bool
+    """Did the command run when the look began? If not, there is nothing more to come after `data`."""
 
 
 class Sandbox(Protocol):
@@ -113,6 +121,10 @@ class Sandbox(Protocol):
 
     def read(self, path: str, *, offset: int = 0, max_bytes: int) -> bytes:
         """At most `max_bytes` of a file from `offset`; b"" past its end, and for whatever is no plain readable file."""
+        ...
+
+    def watch(self, path: str, *, offset: int, max_bytes: int, wait_s: float) -> Watched:
+        """What `read` answers, as soon as there is something, the started command has ended, or `wait_s` are over."""
         ...
 
     def write(self, path: str, data: bytes) -> None:

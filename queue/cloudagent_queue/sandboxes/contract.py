@@ -321,6 +321,24 @@ def a_stopped_command_can_clean_up(trial: Trial) -> None:
     box.stop()
 
 
+def a_log_is_watched_until_it_grows_or_its_command_ends(trial: Trial) -> None:
+    box = trial.fresh()
+    script = (
+        "until [ -e go ]; do sleep 0.02; done; echo one >> log; until [ -e end ]; do sleep 0.02; done; echo two >> log"
+    )
+    box.start(["sh", "-c", script], env={})
+    seen = box.watch("log", offset=0, max_bytes=1000, wait_s=0.2)
+    same(seen, (b"", True), "what is seen while nothing happens")
+    box.write("go", b"")
+    seen = box.watch("log", offset=0, max_bytes=1000, wait_s=_PATIENCE_S)
+    same(seen, (b"one\n", True), "what is seen when the log has grown")
+    box.write("end", b"")
+    until(lambda: not box.watch("log", offset=4, max_bytes=1000, wait_s=1).alive, "the end of the command is not seen")
+    same(box.watch("log", offset=4, max_bytes=1000, wait_s=_PATIENCE_S), (b"two\n", False), "what is seen at the end")
+    same(box.watch("log", offset=8, max_bytes=1000, wait_s=_PATIENCE_S), (b"", False), "what is seen after the end")
+    same(box.watch("nothing/here", offset=0, max_bytes=9, wait_s=0.1).data, b"", "what is seen of an absent file")
+
+
 def a_command_that_is_stopped_at_once_ends(trial: Trial) -> None:
     box = trial.fresh()
     box.start(["sleep", "600"], env={})
@@ -358,6 +376,7 @@ def a_killed_sandbox_is_gone_for_everyone(trial: Trial) -> None:
         second.end_processes,
         lambda: second.run(["true"], timeout_s=20),
         lambda: second.read("file", max_bytes=1),
+        lambda: second.watch("file", offset=0, max_bytes=1, wait_s=1),
         lambda: second.write("file", b"x"),
         lambda: second.extend(60),
     ]
@@ -387,6 +406,7 @@ CHECKS: Sequence[Check] = (
     a_started_command_begins_in_the_root_with_its_environment,
     a_command_runs_once_in_the_life_of_a_sandbox_however_many_try,
     whoever_connects_reads_on_from_an_offset_beside_the_started_command,
+    a_log_is_watched_until_it_grows_or_its_command_ends,
     a_stopped_command_can_clean_up,
     a_command_that_is_stopped_at_once_ends,
     ending_the_processes_reaches_one_that_hides_and_keeps_the_files,

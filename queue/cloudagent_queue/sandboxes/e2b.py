@@ -31,6 +31,7 @@ from cloudagent_queue.sandboxes import (
     Resources,
     SandboxInfo,
     SandboxSpec,
+    Watched,
     inside,
     preparation,
     safe_files,
@@ -119,6 +120,15 @@ class E2BSandbox:
         if not parts:
             return b""
         answer = self._call("read", path=parts, offset=offset, max_bytes=max_bytes, token=secrets.token_hex(16))
+        return self._content(answer, max_bytes)
+
+    def watch(self, path: str, *, offset: int, max_bytes: int, wait_s: float) -> Watched:
+        request = {"path": safe_files.path_parts(path), "offset": offset, "max_bytes": max_bytes}
+        answer = self._call("watch", **request, token=secrets.token_hex(16), wait_s=min(wait_s, WAIT_S))
+        return Watched(self._content(answer, max_bytes), answer["alive"])
+
+    def _content(self, answer: dict[str, Any], max_bytes: int) -> bytes:
+        """The part of a file that an answer holds or names."""
         if "staged" not in answer:
             return zlib.decompress(base64.b64decode(answer["data"]))[:max_bytes]
         size = min(answer["size"], max_bytes)

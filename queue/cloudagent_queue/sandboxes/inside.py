@@ -206,6 +206,18 @@ def read(path: list[str], offset: int, max_bytes: int, token: str) -> dict[str, 
         return {"staged": staged, "size": size - left}
 
 
+def watch(path: list[str], offset: int, max_bytes: int, token: str, wait_s: float) -> dict[str, Any]:
+    """What `read` answers, once there is something, the started command has ended, or `wait_s` are over."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        running = _started() is not None
+        with _as_agent():
+            grown = _size(path) > offset
+        if grown or not running or time.monotonic() >= deadline:
+            return {"alive": running, **read(path, offset, max_bytes, token)}
+        time.sleep(0.05)
+
+
 def write(path: list[str], data: str | None, staged: str | None) -> dict[str, Any]:
     """Put a file in place at once: `data`, or one that was uploaded before."""
     _become_agent()
@@ -237,7 +249,7 @@ def output(max_bytes: int) -> dict[str, Any]:
 
 
 CALLS: dict[str, Callable[..., dict[str, Any]]] = {
-    call.__name__: call for call in (prepare, start, alive, stop, run, end_processes, read, write, output)
+    call.__name__: call for call in (prepare, start, alive, stop, run, end_processes, read, watch, write, output)
 }
 
 
@@ -503,6 +515,16 @@ def _check_folder(path: str, *, create: bool = False) -> str:
             return "/".join([ROOT, *parts])
     except OSError:
         raise Refused("The sandbox has no such folder.") from None
+
+
+def _size(path: list[str]) -> int:
+    """Of a regular file; 0 for whatever else is there."""
+    try:
+        with _open_folder(path[:-1]) as folder:
+            about = os.stat(path[-1], dir_fd=folder, follow_symlinks=False)
+    except (OSError, IndexError):
+        return 0
+    return about.st_size if stat.S_ISREG(about.st_mode) else 0
 
 
 def _read_range(file: int, offset: int, max_bytes: int) -> bytes:

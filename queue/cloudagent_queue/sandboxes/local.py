@@ -34,6 +34,7 @@ from cloudagent_queue.sandboxes import (
     Resources,
     SandboxInfo,
     SandboxSpec,
+    Watched,
     place_of,
     processes,
     safe_files,
@@ -62,6 +63,7 @@ _RUN_MARKER = "CLOUDAGENT_RUN"
 _ID = re.compile(r"sbx_[a-z2-7]{26}")
 _ABANDONED_AFTER_S = 3600.0
 _STOP_PATIENCE_S = 2.0
+_LOOK_AGAIN_S = 0.1
 
 
 class LocalSandbox(ABC):
@@ -179,6 +181,16 @@ class LocalSandbox(ABC):
 
     def read(self, path: str, *, offset: int = 0, max_bytes: int) -> bytes:
         return safe_files.read(self._files, path, offset=offset, max_bytes=max_bytes)
+
+    def watch(self, path: str, *, offset: int, max_bytes: int, wait_s: float) -> Watched:
+        deadline = time.monotonic() + wait_s
+        while True:
+            alive = self.alive()
+            data = self.read(path, offset=offset, max_bytes=max_bytes)
+            left = deadline - time.monotonic()
+            if data or not alive or left <= 0:
+                return Watched(data, alive)
+            time.sleep(min(_LOOK_AGAIN_S, left))
 
     def write(self, path: str, data: bytes) -> None:
         safe_files.write(self._files, path, data)
