@@ -12,6 +12,7 @@ import pytest
 
 from cloudagent_storage.records import LOCAL_ACCOUNT
 from cloudagent_storage.store import Store
+from tests.support.e2b_server.client import E2bServer
 from tests.support.postgres import PostgresServer
 from tests.support.valkey import ValkeyServer
 
@@ -75,6 +76,21 @@ def valkey_url(valkey: ValkeyServer) -> str:
     """The address of an empty Redis."""
     valkey.flush()
     return valkey.url
+
+
+@pytest.fixture(scope="session")
+def cloud_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[E2bServer]:
+    """The cloud of this process, started when a test first asks for it."""
+    server = E2bServer(tmp_path_factory.mktemp("cloud") / "server")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def cloud(cloud_of_session: E2bServer) -> Iterator[E2bServer]:
+    """A cloud without sandboxes and faults, in which what a test changes lasts for that test."""
+    yield cloud_of_session
+    cloud_of_session.clear()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -341,7 +341,7 @@ MUTANTS = (
         f"{QUEUE}/placement.py",
         "self.sandbox_age_s = claim.sandbox_age_s",
         "self.sandbox_age_s = 0.0",
-        (f"{SANDBOXES}::test_a_task_moves_in_time_however_often_its_worker_changes",),
+        (f"{SANDBOXES}::test_a_task_moves_in_time_however_often_its_worker_changes[sqlite]",),
         fast=False,
     ),
     Mutant(
@@ -356,7 +356,7 @@ MUTANTS = (
         f"{QUEUE}/placement.py",
         "or self.losses > LOSSES_MAX:",
         "or False:",
-        (f"{SANDBOXES}::test_a_task_that_kills_every_sandbox_ends",),
+        (f"{SANDBOXES}::test_a_task_that_kills_every_sandbox_ends[sqlite]",),
         fast=False,
     ),
     Mutant(
@@ -364,7 +364,7 @@ MUTANTS = (
         f"{QUEUE}/attempt.py",
         "self.collect() if self.agent_is_here else self.kept(self.left)",
         "self.collect() if self.agent_is_here else None",
-        (f"{SANDBOXES}::test_a_task_that_wants_to_fail_keeps_its_last_checkpoint",),
+        (f"{SANDBOXES}::test_a_task_that_wants_to_fail_keeps_its_last_checkpoint[sqlite]",),
     ),
     Mutant(
         "the_old_sandbox_lives_on",

@@ -10,7 +10,8 @@ The prompt is a JSON object; all of it may be left out:
     die_at              the step at which it kills itself, without a result
     hang_at             the step at which it says nothing more, though it obeys a stop
     ignore_stop         it does not obey
-    die_worker          the step from which on it kills every worker that follows it, and says nothing more
+    die_worker          the step from which on it kills every worker that follows it, and says nothing more; on this
+                        machine only, as a sandbox elsewhere has no such processes
 
 The journal is `<folder>/<task>.jsonl`. Each line has `what`, `pid`, `sandbox` and `at`, the machine's monotonic time:
 `start`, `call` (with `step`), `killed_worker`, `stop`, `end` (with `outcome` and `events`), and `overlap` instead of
