@@ -141,7 +141,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("soak"):
             return not soak
         parameters = set(item.name.partition("[")[2].rstrip("]").split("-"))
-        return not full and any(not mark.args or parameters & set(mark.args) for mark in item.iter_markers("full"))
+        wanted = [set(which.split("-")) for mark in item.iter_markers("full") for which in mark.args or ("",)]
+        return not full and any(which <= {*parameters, ""} for which in wanted)
 
     left_out = [item for item in items if is_left_out(item)]
     config.hook.pytest_deselected(items=left_out)

@@ -41,7 +41,7 @@ def on_postgres(
 
 
 @pytest.fixture
-def on_e2b(make_installation: Callable[..., Installation], cloud: E2bServer) -> Installation:
+def on_e2b(cloud: E2bServer, make_installation: Callable[..., Installation]) -> Installation:
     """An installation on SQLite files, with its sandboxes in a cloud."""
     return make_installation(cloud=cloud)
 

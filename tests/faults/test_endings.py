@@ -22,3 +22,20 @@ def test_an_agent_that_ends_between_two_looks_at_it_has_not_died(installation: I
     installation.conclude()
     assert installation.fired(late)
     assert installation.task(task).status == "completed"
+
+
+@pytest.mark.full("obeys-e2b", "obeys-sqlite", "ignores-sqlite")
+@pytest.mark.parametrize("obeys", [True, False], ids=["obeys", "ignores"])
+@EITHER_SANDBOX
+def test_an_agent_that_talks_without_a_pause_is_cancelled_whether_it_obeys_or_not(
+    installation: Installation, obeys: bool
+) -> None:
+    installation.start_worker()
+    task = installation.submit(steps=100_000, step_s=0.001, faults={"events": 5, "ignore_stop": not obeys})
+    installation.await_calls(task, 20)
+    with installation.client() as client:
+        assert client.call("cancel_task", task_id=task)["changed"]
+    installation.conclude({task: "cancelled"}, seconds=30)
+    assert bool(installation.journal(task, "stop")) == obeys
+    result = installation.task(task).result
+    assert result is not None and result.artifacts is not None and result.artifacts.files_changed > 0

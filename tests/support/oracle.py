@@ -108,6 +108,8 @@ def _moves(installation: Installation, task: Task) -> int:
 
 def _from_zero(numbers: list[int]) -> Iterator[list[int]]:
     """The parts of a list that each begin with 0."""
+    if not numbers:
+        return
     starts = [place for place, number in enumerate(numbers) if number == 0 or place == 0]
     for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
         yield numbers[start:end]
