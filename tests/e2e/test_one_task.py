@@ -188,6 +188,7 @@ def test_a_task_without_a_repository_starts_from_an_empty_one(world: World) -> N
             assert client.call("get_task_diff", task_id=task_id)["files"][0]["path"] == "hello.txt"
 
 
+@pytest.mark.full("e2b")
 def test_a_killed_worker_costs_nothing_the_next_one_goes_on_in_the_same_sandbox(world: World, repo: Path) -> None:
     with ScriptedModel([SLOW]) as model:
         world = world.with_model(model.environment())
@@ -270,7 +271,7 @@ def test_two_workers_never_run_one_task_however_often_it_is_rung_for(world: Worl
         assert len([request for request in model.requests if "count_tokens" not in request.path]) == STEPS + 1
 
 
-@pytest.mark.full("e2b-queued", "e2b-setup")
+@pytest.mark.full("e2b-queued", "e2b-setup", "e2b-agent")
 @pytest.mark.parametrize("phase", ["queued", "setup", "agent", "verify"])
 def test_a_cancel_in_any_phase_ends_in_cancelled_with_the_work_saved(world: World, repo: Path, phase: str) -> None:
     slow = "python3 -c 'import time; time.sleep(600)'"
@@ -386,6 +387,7 @@ def test_a_set_up_that_fails_ends_the_task_before_any_model_is_asked(world: Worl
         assert not model.requests
 
 
+@pytest.mark.full("e2b")
 def test_the_conversation_and_the_files_go_on_in_another_sandbox_when_the_first_dies(world: World, repo: Path) -> None:
     go_on = Rule(prompt="Your sandbox came to its end", turns=(do(bash("echo ended >> begun.txt")), say("Went on.")))
     with ScriptedModel([go_on, FOREVER]) as model:

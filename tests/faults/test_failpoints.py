@@ -73,7 +73,6 @@ EACH_TIME = {
     ("sqlite", "discard before 1"),
     ("postgres", "finish before 1"),
     ("e2b", "half created after 1"),
-    ("e2b", "start after 1"),
 }
 """What every run throws; the rest is for `--full`."""
 

@@ -113,6 +113,19 @@ def test_before_the_providers_time_is_up_a_task_moves_to_a_new_sandbox(installat
                 assert sandbox["ended_at"] - sandbox["started_at"] < CLOUD_SESSION_S, "it did not wait for its end"
 
 
+@pytest.mark.full
+def test_the_time_in_which_a_sandbox_was_made_ready_counts(on_sqlite: Installation) -> None:
+    slow = Failpoint("cloudagent_queue.sandboxes.local:UnsafeProcessProvider.create", "after", 1, "sleep:4")
+    on_sqlite.start_worker(failpoints=[slow], hook="tests.faults.test_sandboxes:short_sessions")
+    task = on_sqlite.submit(steps=4, faults={"gate": "go"})
+    until(lambda: len(sandboxes(on_sqlite, task)) == 2, "the task moves", 60)
+    on_sqlite.open_gate("go")
+    on_sqlite.conclude()
+    assert on_sqlite.fired(slow)
+    at = [line["at"] for line in on_sqlite.journal(task) if line["what"] in ("start", "stop")]
+    assert at[1] - at[0] < SESSION_S - 3
+
+
 @pytest.mark.full("e2b")
 @EITHER_SANDBOX
 def test_a_task_moves_in_time_however_often_its_worker_changes(installation: Installation) -> None:

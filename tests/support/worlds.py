@@ -183,10 +183,8 @@ class World:
         found: list[psutil.Process] = []
         for sandbox in cloud.living():
             with contextlib.suppress(psutil.Error):
-                # Below the first process of a sandbox is its supervisor, and below either all others.
-                supervisor, *others = psutil.Process(sandbox["first_process"]).children(recursive=True)
-                assert "supervisor.py" in " ".join(supervisor.cmdline())
-                found += others
+                # The first process of a sandbox has its supervisor as its first child; all others are below either.
+                found += psutil.Process(sandbox["first_process"]).children(recursive=True)[1:]
         return found
 
     def _in_sandbox(self, pid: int) -> bool:

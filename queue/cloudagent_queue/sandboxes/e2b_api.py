@@ -290,7 +290,8 @@ class Api:
         from e2b.connection_config import ConnectionConfig
 
         config = ConnectionConfig(**self.options(self._create_s), retries=0)
-        return get_api_client(config).get_httpx_client().request("POST", path, json=body)
+        # Its transport has one limit for a whole request: the sum of those for writing and for reading.
+        return get_api_client(config).get_httpx_client().request("POST", path, json=body, timeout=self._create_s / 2)
 
     def _created(self, answer: dict[str, Any]) -> Made:
         from e2b.connection_config import ConnectionConfig
