@@ -32,6 +32,8 @@ class Settings(BaseModel):
     sandbox_provider: str = "local"
     novita_api_key: SecretStr | None = None
     novita_domain: str | None = None
+    novita_api_url: str | None = None
+    novita_sandbox_url: str | None = None
     e2b_api_key: SecretStr | None = None
     e2b_domain: str | None = None
     e2b_api_url: str | None = None

@@ -12,6 +12,7 @@ import pytest
 
 from cloudagent_storage.records import LOCAL_ACCOUNT
 from cloudagent_storage.store import Store
+from tests.support.e2b_server.client import E2bServer
 from tests.support.postgres import PostgresServer
 from tests.support.valkey import ValkeyServer
 
@@ -77,6 +78,21 @@ def valkey_url(valkey: ValkeyServer) -> str:
     return valkey.url
 
 
+@pytest.fixture(scope="session")
+def cloud_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[E2bServer]:
+    """The cloud of this process, started when a test first asks for it."""
+    server = E2bServer(tmp_path_factory.mktemp("cloud") / "server")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def cloud(cloud_of_session: E2bServer) -> Iterator[E2bServer]:
+    """A cloud without sandboxes and faults, in which what a test changes lasts for that test."""
+    yield cloud_of_session
+    cloud_of_session.clear()
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The address of an empty database, of either kind."""
@@ -125,7 +141,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("soak"):
             return not soak
         parameters = set(item.name.partition("[")[2].rstrip("]").split("-"))
-        return not full and any(not mark.args or parameters & set(mark.args) for mark in item.iter_markers("full"))
+        wanted = [set(which.split("-")) for mark in item.iter_markers("full") for which in mark.args or ("",)]
+        return not full and any(which <= {*parameters, ""} for which in wanted)
 
     left_out = [item for item in items if is_left_out(item)]
     config.hook.pytest_deselected(items=left_out)

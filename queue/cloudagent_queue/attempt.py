@@ -165,6 +165,7 @@ class Attempt(Placement):
         last_event = checkpoint_at = result_at = time.monotonic()
         """The time of the last checkpoint, or since when there was nothing to keep."""
         asked_to_stop: tuple[float, Ending | None] | None = None
+        died_at: float | None = None
         while True:
             self.lease.check()
             if self.worker.stopping.is_set():
@@ -189,8 +190,13 @@ class Attempt(Placement):
                     running_seconds=self.running_s,
                 )
                 self.lease.renewed(signals)
-                if ended is not None or not alive:
-                    continue  # all that it has said comes first
+                # What it said to its end is read, unless something that it left behind talks on and on.
+                over = ended is not None or not alive
+                died_at = now if died_at is None and over else died_at
+                why = self.reason_to_stop(self.running_s, limit_s, 0, reader)
+                if over and (why is None or now - (died_at or now) < self.timers.stop_grace_s):
+                    continue
+            # Also while there is more to read: an agent that talks faster than it is read is to be stopped, too.
             if not reader.tool_running and last_event < checkpoint_at:
                 checkpoint_at = now  # it does nothing
             if alive and asked_to_stop is None and now - checkpoint_at > self.timers.checkpoint_s:

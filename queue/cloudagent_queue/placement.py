@@ -237,6 +237,7 @@ class Placement:
         metadata = {"deployment": self.worker.deployment, "task": self.task_id, "nonce": nonce}
         self.provider, self.is_set_up = provider, False
         ready = self.finished_set_up(provider)
+        began = time.monotonic()  # its time runs, and is billed, while it is made ready
         if ready is not None:
             try:
                 self.sandbox = provider.create(self.sandbox_spec(ready.template), metadata=metadata)
@@ -245,7 +246,7 @@ class Placement:
                 self.worker.store.templates.forget(ready)
         if not self.is_set_up:
             self.sandbox = provider.create(self.sandbox_spec(self.config.template), metadata=metadata)
-        self.sandbox_since = time.monotonic()
+        self.sandbox_since = began
         self.tasks.update(self.task_id, self.claim.attempt, sandbox_id=self.box.id)
 
     def sandbox_spec(self, template: str | None) -> SandboxSpec:

@@ -45,8 +45,7 @@ def test_a_task_in_a_cloud_sandbox_survives_its_worker_and_comes_back_checked(
     world: World, repo: Path, server: E2bServer
 ) -> None:
     with ScriptedModel([SLOW]) as model:
-        variables = {**model.environment(), **server.environment, "SANDBOX_PROVIDER": "e2b"}
-        world = replace(world, environment={**world.environment, **variables})
+        world = world.in_cloud(server).with_model(model.environment())
         first = world.start_worker()
         with world.client(repo) as client:
             task_id = client.call("submit_task", prompt="Fix add please", verify=TEST)["task_id"]

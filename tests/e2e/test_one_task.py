@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,22 @@ import pytest
 
 from cloudagent_mcp.client import LocalClient
 from cloudagent_mcp.scripted_model import Rule, ScriptedModel, Text, ToolUse, Turn
-from cloudagent_queue.sandboxes import open_provider
 from cloudagent_storage.records import LOCAL_ACCOUNT
 from tests.support.worlds import FAST, World, git, until
 
 TEST = "python3 -m unittest -q"
 MISTAKE, MENDED = "return a - b", "return a + b"
+
+
+@pytest.fixture(params=["local", "e2b"])
+def world(world: World, request: pytest.FixtureRequest) -> Iterator[World]:
+    """With sandboxes of this machine, and in the cloud."""
+    if request.param == "local":
+        yield world
+        return
+    world = world.in_cloud(request.getfixturevalue("cloud"))
+    yield world
+    world.close()  # before the cloud is cleared for the next test
 
 
 def bash(command: str) -> ToolUse:
@@ -105,9 +116,10 @@ def test_a_working_tree_goes_in_and_a_checked_result_comes_back(world: World, re
             assert MISTAKE in (repo / "calc.py").read_text()
             assert git(repo, "status", "--porcelain") == before
         until(lambda: not world.agent_processes(), "no process of the sandbox is left")
-        assert not list((world.home / "sandboxes").glob("sbx_*"))
+        assert not world.sandboxes()
 
 
+@pytest.mark.full("e2b")
 def test_what_the_agent_saw_of_the_tree_is_what_was_there(world: World, repo: Path) -> None:
     (repo / "calc.py").write_text("def add(a, b):\n    return a - b  # changed, not committed\n")
     (repo / "new.txt").write_text("untracked\n")
@@ -128,6 +140,7 @@ def test_what_the_agent_saw_of_the_tree_is_what_was_there(world: World, repo: Pa
             assert "Left out, since it looks like a secret: .env" in raw
 
 
+@pytest.mark.full("e2b")
 def test_the_same_on_postgres_and_redis(world: World, repo: Path, postgres_url: str, valkey_url: str) -> None:
     world.environment.update(DATABASE_URL=postgres_url, REDIS_URL=valkey_url)
     with ScriptedModel([SLOW]) as model:
@@ -145,6 +158,7 @@ def test_the_same_on_postgres_and_redis(world: World, repo: Path, postgres_url: 
         assert len([request for request in model.requests if "count_tokens" not in request.path]) == STEPS + 1
 
 
+@pytest.mark.full("e2b")
 def test_a_failed_verify_is_a_completed_task_with_a_failed_verdict(world: World, repo: Path) -> None:
     with ScriptedModel([FIX]) as model:
         world = world.with_model(model.environment())
@@ -159,6 +173,7 @@ def test_a_failed_verify_is_a_completed_task_with_a_failed_verdict(world: World,
             }
 
 
+@pytest.mark.full("e2b")
 def test_a_task_without_a_repository_starts_from_an_empty_one(world: World) -> None:
     write = Rule(
         prompt="Write", turns=(do(ToolUse(name="Write", input={"file_path": "{{cwd}}/hello.txt", "content": "hi\n"})),)
@@ -173,6 +188,7 @@ def test_a_task_without_a_repository_starts_from_an_empty_one(world: World) -> N
             assert client.call("get_task_diff", task_id=task_id)["files"][0]["path"] == "hello.txt"
 
 
+@pytest.mark.full("e2b")
 def test_a_killed_worker_costs_nothing_the_next_one_goes_on_in_the_same_sandbox(world: World, repo: Path) -> None:
     with ScriptedModel([SLOW]) as model:
         world = world.with_model(model.environment())
@@ -196,6 +212,7 @@ def test_a_killed_worker_costs_nothing_the_next_one_goes_on_in_the_same_sandbox(
         assert len([request for request in model.requests if "count_tokens" not in request.path]) == STEPS + 1
 
 
+@pytest.mark.full("e2b")
 def test_a_stopped_worker_hands_over_within_seconds_and_no_lease_is_lost(world: World, repo: Path) -> None:
     with ScriptedModel([SLOW]) as model:
         world = world.with_model(model.environment())
@@ -214,6 +231,7 @@ def test_a_stopped_worker_hands_over_within_seconds_and_no_lease_is_lost(world: 
         assert len([request for request in model.requests if "count_tokens" not in request.path]) == STEPS + 1
 
 
+@pytest.mark.full("e2b")
 def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_when_it_wakes(world: World, repo: Path) -> None:
     with ScriptedModel([SLOW]) as model:
         world = world.with_model(model.environment())
@@ -235,6 +253,7 @@ def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_when_it_wakes(w
             until(lambda: "attempt 1 lets go" in (world.home / "worker-0.log").read_text(), "the first one noticed")
 
 
+@pytest.mark.full("e2b")
 def test_two_workers_never_run_one_task_however_often_it_is_rung_for(world: World, repo: Path) -> None:
     with ScriptedModel([SLOW]) as model:
         world = world.with_model(model.environment())
@@ -252,6 +271,7 @@ def test_two_workers_never_run_one_task_however_often_it_is_rung_for(world: Worl
         assert len([request for request in model.requests if "count_tokens" not in request.path]) == STEPS + 1
 
 
+@pytest.mark.full("e2b-queued", "e2b-setup", "e2b-agent")
 @pytest.mark.parametrize("phase", ["queued", "setup", "agent", "verify"])
 def test_a_cancel_in_any_phase_ends_in_cancelled_with_the_work_saved(world: World, repo: Path, phase: str) -> None:
     slow = "python3 -c 'import time; time.sleep(600)'"
@@ -280,9 +300,10 @@ def test_a_cancel_in_any_phase_ends_in_cancelled_with_the_work_saved(world: Worl
                 files = client.call("get_task_diff", task_id=task_id)["files"]
                 assert [file["path"] for file in files] == [saved]
             until(lambda: not world.agent_processes(), "no process is left")
-            until(lambda: not list((world.home / "sandboxes").glob("sbx_*")), "no sandbox is left")
+            until(lambda: not world.sandboxes(), "no sandbox is left")
 
 
+@pytest.mark.full("e2b")
 def test_a_cancel_while_the_repository_is_fetched_ends_in_cancelled(world: World) -> None:
     with socket.socket() as silent, ScriptedModel([FIX]) as model:
         silent.bind(("127.0.0.1", 0))
@@ -308,6 +329,7 @@ def test_a_cancel_while_the_repository_is_fetched_ends_in_cancelled(world: World
         ({"max_budget_usd": 0.001}, "budget_exceeded"),
     ],
 )
+@pytest.mark.full("e2b")
 def test_a_task_at_its_limit_fails_with_the_work_saved(
     world: World, repo: Path, limits: dict[str, Any], code: str
 ) -> None:
@@ -325,6 +347,7 @@ def test_a_task_at_its_limit_fails_with_the_work_saved(
             )
 
 
+@pytest.mark.full("e2b")
 def test_an_agent_that_says_nothing_is_ended_as_idle(world: World, repo: Path) -> None:
     hang = Rule(prompt="Hang", turns=(do(bash("echo x > x.txt")), Turn(fault="hang")))
     with ScriptedModel([hang]) as model:
@@ -338,6 +361,7 @@ def test_an_agent_that_says_nothing_is_ended_as_idle(world: World, repo: Path) -
             until(lambda: not world.agent_processes(), "no process is left")
 
 
+@pytest.mark.full("e2b")
 def test_a_rejected_credential_fails_at_once_with_the_remedy(world: World, repo: Path) -> None:
     refuse = Rule(prompt="Refused", turns=(Turn(fault=401),))
     with ScriptedModel([refuse]) as model:
@@ -348,6 +372,7 @@ def test_a_rejected_credential_fails_at_once_with_the_remedy(world: World, repo:
             assert task["error"]["code"] == "credential_rejected" and "ANTHROPIC_API_KEY" in task["error"]["remedy"]
 
 
+@pytest.mark.full("e2b")
 def test_a_set_up_that_fails_ends_the_task_before_any_model_is_asked(world: World, repo: Path) -> None:
     with ScriptedModel([FIX]) as model:
         world = world.with_model(model.environment())
@@ -360,6 +385,7 @@ def test_a_set_up_that_fails_ends_the_task_before_any_model_is_asked(world: Worl
         assert not model.requests
 
 
+@pytest.mark.full("e2b")
 def test_the_conversation_and_the_files_go_on_in_another_sandbox_when_the_first_dies(world: World, repo: Path) -> None:
     go_on = Rule(prompt="Your sandbox came to its end", turns=(do(bash("echo ended >> begun.txt")), say("Went on.")))
     with ScriptedModel([go_on, FOREVER]) as model:
@@ -370,9 +396,7 @@ def test_the_conversation_and_the_files_go_on_in_another_sandbox_when_the_first_
             seen(world, client, task_id, "Bash: echo begun")
             store = world.app().store
             until(lambda: store.blobs.get(LOCAL_ACCOUNT, task_id, "checkpoint"), "a checkpoint of the file")
-            provider = open_provider("local", data_folder=world.home)
-            (found,) = provider.list({"task": task_id})
-            provider.connect(found.id).kill()
+            world.kill_sandbox()
             task = world.wait(client, task_id)
             assert (task["status"], task["verdict"]) == ("completed", "passed"), task
             assert task["result"]["summary"] == "Went on."
@@ -383,6 +407,7 @@ def test_the_conversation_and_the_files_go_on_in_another_sandbox_when_the_first_
             assert "Never end" in said and "Your sandbox came to its end" in said, "it remembers what was said before"
 
 
+@pytest.mark.full("e2b")
 def test_an_agent_whose_process_dies_fails_the_task_instead_of_hanging(world: World, repo: Path) -> None:
     with ScriptedModel([FOREVER]) as model:
         world = world.with_model(model.environment())
@@ -397,6 +422,7 @@ def test_an_agent_whose_process_dies_fails_the_task_instead_of_hanging(world: Wo
             assert (task["status"], task["error"]["code"]) == ("failed", "interrupted")
 
 
+@pytest.mark.full("e2b")
 def test_the_credential_is_in_no_log_diff_session_or_process_list(world: World, repo: Path) -> None:
     secret = "sk-ant-canary-9f8e7d6c5b4a"
     leak = Rule(

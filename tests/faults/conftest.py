@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.e2b_server.client import E2bServer
 from tests.support.installation import Installation
 
 
@@ -39,7 +40,13 @@ def on_postgres(
     return make_installation(database=request.getfixturevalue("postgres_url"), queue=valkey_url)
 
 
+@pytest.fixture
+def on_e2b(cloud: E2bServer, make_installation: Callable[..., Installation]) -> Installation:
+    """An installation on SQLite files, with its sandboxes in a cloud."""
+    return make_installation(cloud=cloud)
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def installation(request: pytest.FixtureRequest) -> Installation:
-    """Both in turn."""
+    """Both in turn; or those that `EVERYWHERE` and `EITHER_SANDBOX` name."""
     return request.getfixturevalue(f"on_{request.param}")

@@ -14,7 +14,7 @@ import pytest
 from cloudagent_mcp.client import LocalClient
 from cloudagent_storage.errors import DatabaseUnavailable
 from tests.support.failpoints import Failpoint
-from tests.support.installation import Installation
+from tests.support.installation import EITHER_SANDBOX, EVERYWHERE, Installation
 from tests.support.postgres import PostgresServer
 from tests.support.valkey import ValkeyServer
 from tests.support.worlds import until
@@ -119,10 +119,11 @@ def cancelled_at_every_moment(installation: Installation, fault: Callable[[], No
     assert started - cancelled, "some had ended"
 
 
+@pytest.mark.full("e2b")
+@EITHER_SANDBOX
 def test_a_cancelled_task_is_cancelled_also_when_its_worker_dies_as_the_agent_has_stopped(
-    on_sqlite: Installation,
+    installation: Installation,
 ) -> None:
-    installation = on_sqlite
     dies = Failpoint("cloudagent_queue.attempt:Attempt.save")
     worker = installation.start_worker(failpoints=[dies])
     task = installation.submit(steps=100)
@@ -137,12 +138,14 @@ def test_a_cancelled_task_is_cancelled_also_when_its_worker_dies_as_the_agent_ha
 
 
 @pytest.mark.full
+@EVERYWHERE
 def test_a_cancel_at_any_moment_leads_to_one_end(installation: Installation) -> None:
     installation.start_worker(concurrency=8)
     cancelled_at_every_moment(installation, lambda: None)
 
 
 @pytest.mark.full
+@EVERYWHERE
 def test_a_cancel_leads_to_one_end_while_workers_are_killed(installation: Installation) -> None:
     worker = installation.start_worker(concurrency=8)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.failpoints import Failpoint
-from tests.support.installation import Installation
+from tests.support.installation import EVERYWHERE, Installation
 from tests.support.worlds import until
 
 TASKS = "cloudagent_storage.store.tasks:Tasks"
@@ -49,6 +49,21 @@ STEPS: dict[str, tuple[str, int]] = {
     "discard": (f"{SANDBOX}.kill", 1),
     "half deleted": ("cloudagent_queue.sandboxes.safe_files:remove_tree", 1),
 }
+CLOUD_API = "cloudagent_queue.sandboxes.e2b_api:Api"
+CLOUD_SANDBOX = "cloudagent_queue.sandboxes.e2b:E2BSandbox"
+OF_A_CLOUD: dict[str, tuple[str, int]] = {
+    # Where the sandboxes are in the cloud, this is what is called instead of what is named the same above.
+    "create": ("cloudagent_queue.sandboxes.e2b:E2BProvider.create", 1),
+    "half created": (f"{CLOUD_API}.create", 1),
+    "half prepared": (f"{CLOUD_SANDBOX}.prepare", 1),
+    # check-out, set-up, collect, clone, verify
+    "launch": (f"{CLOUD_SANDBOX}.run", 5),
+    "start": (f"{CLOUD_SANDBOX}.start", 1),
+    "end processes": (f"{CLOUD_SANDBOX}.end_processes", 1),
+    "discard": (f"{CLOUD_SANDBOX}.kill", 1),
+    "half deleted": (f"{CLOUD_API}.about", 1),
+}
+ONLY_HERE = ("settle",)
 EACH_TIME = {
     ("sqlite", "claim after 1"),
     ("sqlite", "create after 1"),
@@ -57,13 +72,15 @@ EACH_TIME = {
     ("sqlite", "finish before 1"),
     ("sqlite", "discard before 1"),
     ("postgres", "finish before 1"),
+    ("e2b", "half created after 1"),
 }
 """What every run throws; the rest is for `--full`."""
 
 
 def _all() -> Iterator[object]:
-    for database in ("sqlite", "postgres"):
-        for step, (place, count) in STEPS.items():
+    for database in ("sqlite", "postgres", "e2b"):
+        of_a_cloud = {step: place for step, place in STEPS.items() if step not in ONLY_HERE} | OF_A_CLOUD
+        for step, (place, count) in (of_a_cloud if database == "e2b" else STEPS).items():
             for nth in range(1, count + 1):
                 for when in ("before", "after"):
                     name = f"{step} {when} {nth}"
@@ -87,9 +104,11 @@ def test_a_worker_is_killed_at_any_step_and_the_task_completes(
 
 
 @pytest.mark.full
+@EVERYWHERE
 def test_a_sandbox_whose_id_was_never_stored_is_gone_before_there_is_another(installation: Installation) -> None:
-    kills = Failpoint(f"{PROVIDER}.create", "after")
-    freezes = Failpoint(f"{PROVIDER}.create", "after", action="freeze")
+    place, _ = STEPS["create"] if installation.cloud is None else OF_A_CLOUD["create"]
+    kills = Failpoint(place, "after")
+    freezes = Failpoint(place, "after", action="freeze")
     worker = installation.start_worker(failpoints=[kills])
     installation.submit(steps=4)
     assert worker.wait() == -signal.SIGKILL and installation.fired(kills)
@@ -106,6 +125,7 @@ def test_a_sandbox_whose_id_was_never_stored_is_gone_before_there_is_another(ins
 
 @pytest.mark.full
 @pytest.mark.parametrize("when", ["before", "after"])
+@EVERYWHERE
 def test_a_worker_is_killed_while_it_gives_its_tasks_back(installation: Installation, when: str) -> None:
     point = Failpoint(f"{TASKS}.release", when)
     worker = installation.start_worker(failpoints=[point])

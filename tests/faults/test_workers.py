@@ -12,7 +12,7 @@ from cloudagent_queue.lease import Timers
 from cloudagent_storage.store.backlog import LOST_LEASES
 from tests.support.failpoints import Failpoint
 from tests.support.hog import little_memory
-from tests.support.installation import PATIENT, Installation
+from tests.support.installation import EITHER_SANDBOX, EVERYWHERE, PATIENT, Installation
 from tests.support.worlds import until
 
 TASKS = "cloudagent_storage.store.tasks:Tasks"
@@ -20,6 +20,7 @@ LET_GO = re.compile("attempt 1 lets go|could not release task_")
 """What a worker logs that finds out that its lease was lost; the second, where the database had hung up on it."""
 
 
+@EVERYWHERE
 def test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them(installation: Installation) -> None:
     tasks = installation.submit_many(3, steps=6, faults={"gate": "go"})
     worker = installation.start_worker()
@@ -35,7 +36,8 @@ def test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them(ins
     assert all("goes on in the same sandbox" in "".join(installation.log(task)) for task in tasks)
 
 
-@pytest.mark.full("postgres")
+@pytest.mark.full("postgres", "e2b")
+@EVERYWHERE
 def test_a_frozen_worker_that_wakes_after_its_lease_lets_go(installation: Installation) -> None:
     frozen = installation.start_worker()
     task = installation.submit(steps=6, faults={"gate": "go"})
@@ -64,8 +66,9 @@ ZOMBIES = {
 }
 
 
-@pytest.mark.full("end", "phase")
+@pytest.mark.full("end", "phase", "e2b")
 @pytest.mark.parametrize("write", list(ZOMBIES))
+@EVERYWHERE
 def test_what_a_frozen_worker_was_about_to_write_is_refused_when_it_wakes(
     installation: Installation, write: str
 ) -> None:
@@ -98,8 +101,9 @@ def test_a_worker_that_freezes_with_the_tasks_row_locked_holds_it_for_a_bounded_
     on_postgres.conclude()
 
 
-@pytest.mark.full("SIGINT")
+@pytest.mark.full("SIGINT", "e2b")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@EVERYWHERE
 def test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on(
     installation: Installation, number: signal.Signals
 ) -> None:
@@ -121,11 +125,12 @@ def test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on(
 
 
 @pytest.mark.full
-def test_tasks_outlive_a_worker_that_is_killed_for_its_memory(on_sqlite: Installation) -> None:
-    worker = on_sqlite.start_worker(hook="tests.support.hog:on_signal")
-    tasks = on_sqlite.submit_many(3, steps=6, faults={"gate": "go"})
+@EITHER_SANDBOX
+def test_tasks_outlive_a_worker_that_is_killed_for_its_memory(installation: Installation) -> None:
+    worker = installation.start_worker(hook="tests.support.hog:on_signal")
+    tasks = installation.submit_many(3, steps=6, faults={"gate": "go"})
     for task in tasks:
-        on_sqlite.await_calls(task, 2)
+        installation.await_calls(task, 2)
     with little_memory(worker.pid) as killed:
         os.kill(worker.pid, signal.SIGUSR1)
         assert worker.wait() == -signal.SIGKILL
@@ -133,20 +138,21 @@ def test_tasks_outlive_a_worker_that_is_killed_for_its_memory(on_sqlite: Install
             print("no control group can be made: it was killed in the middle of taking memory")
         else:
             assert "oom_kill 1" in killed.read_text()
-    on_sqlite.start_worker()
-    on_sqlite.open_gate("go")
-    on_sqlite.conclude()
-    assert all(on_sqlite.attempts(task) > 1 for task in tasks)
+    installation.start_worker()
+    installation.open_gate("go")
+    installation.conclude()
+    assert all(installation.attempts(task) > 1 for task in tasks)
 
 
 @pytest.mark.full
-def test_a_worker_that_gets_no_memory_ends_the_task_and_keeps_its_work(on_sqlite: Installation) -> None:
+@EITHER_SANDBOX
+def test_a_worker_that_gets_no_memory_ends_the_task_and_keeps_its_work(installation: Installation) -> None:
     starves = Failpoint(f"{TASKS}.follow", "before", 3, "raise:MemoryError")
-    on_sqlite.start_worker(failpoints=[starves])
-    task = on_sqlite.submit(steps=6, faults={"gate": "never"})
-    on_sqlite.conclude({task: "internal"})
-    assert on_sqlite.fired(starves)
-    result = on_sqlite.task(task).result
+    installation.start_worker(failpoints=[starves])
+    task = installation.submit(steps=6, faults={"gate": "never"})
+    installation.conclude({task: "internal"})
+    assert installation.fired(starves)
+    result = installation.task(task).result
     assert result is not None and result.artifacts is not None and result.artifacts.files_changed > 0
 
 

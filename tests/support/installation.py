@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg2
+import pytest
 
 from cloudagent_mcp.client import LocalClient
 from cloudagent_mcp.settings import Settings
@@ -28,6 +29,7 @@ from cloudagent_storage.records import LOCAL_ACCOUNT, Task
 from cloudagent_storage.secrets import generate_key
 from cloudagent_storage.store import Store
 from tests.support import oracle
+from tests.support.e2b_server.client import E2bServer
 from tests.support.failpoints import Failpoint
 from tests.support.worlds import AppWithoutWorker, until
 
@@ -47,6 +49,11 @@ FAST = Timers(
 """The product's timers, scaled down."""
 PATIENT = replace(FAST, lease_s=9.0, let_go_s=7.0)
 """For tests in which nobody may lose a lease, however busy the machine is."""
+
+EVERYWHERE = pytest.mark.parametrize("installation", ["sqlite", "postgres", "e2b"], indirect=True)
+"""For a test: on each database, and with sandboxes in the cloud."""
+EITHER_SANDBOX = pytest.mark.parametrize("installation", ["sqlite", "e2b"], indirect=True)
+"""For a test: with sandboxes of this machine and in the cloud, on SQLite."""
 
 ROOT = Path(__file__).parents[2]
 ADMIN_KEY = "a key of the tests"
@@ -148,6 +155,8 @@ class Installation:
     queue_url: str
     timers: Timers
     provider: str
+    cloud: E2bServer | None = None
+    """Where the sandboxes are, if not on its hosts."""
     encryption_key: str = field(default_factory=generate_key)
     accepted: list[str] = field(default_factory=list[str])
     """The ids of all tasks whose submit was answered."""
@@ -163,8 +172,12 @@ class Installation:
         queue: str | None = None,
         timers: Timers = FAST,
         provider: str = "unsafe-process",
+        cloud: E2bServer | None = None,
     ) -> Installation:
-        """`database` is the address of an empty Postgres, or "sqlite"; `queue` that of a Redis, or None for a file."""
+        """`database` is the address of an empty Postgres, or "sqlite"; `queue` that of a Redis, or None for a file.
+
+        With a `cloud` its sandboxes are there, of the provider `e2b`, and nobody else uses it meanwhile.
+        """
         folder = folder / "installation"
         (folder / "journal").mkdir(parents=True)
         made = cls(
@@ -172,8 +185,11 @@ class Installation:
             f"sqlite:///{folder / 'cloudagent.db'}" if database == "sqlite" else database,
             queue or f"sqlite:///{folder / 'queue.db'}",
             timers,
-            provider,
+            provider if cloud is None else "e2b",
+            cloud,
         )
+        if cloud is not None:
+            cloud.change(shared_folder=str(made.journal_folder))
         made.store = Store.open(made.database_url)
         made.store.migrate()
         made.store.accounts.ensure(LOCAL_ACCOUNT)
@@ -207,6 +223,7 @@ class Installation:
             "ENCRYPTION_KEY": self.encryption_key,
             "ADMIN_API_KEY": ADMIN_KEY,
             "SANDBOX_PROVIDER": self.provider,
+            **(self.cloud.environment if self.cloud is not None else {}),
             "ANTHROPIC_API_KEY": "sk-ant-test-0123456789abcdef",
         }
 
@@ -376,7 +393,18 @@ class Installation:
 
     def providers(self) -> dict[str, Provider]:
         """The sandbox provider of each host."""
-        return {host: open_provider(self.provider, data_folder=self.home(host)) for host in sorted(self.hosts)}
+        env = None if self.cloud is None else self.cloud.environment
+        return {host: open_provider(self.provider, data_folder=self.home(host), env=env) for host in sorted(self.hosts)}
+
+    def kill_sandbox(self, host: str = "a") -> None:
+        """Kill the only sandbox there is, from outside, as a provider does that has lost a machine."""
+        if self.cloud is not None:
+            (alive,) = self.cloud.living()
+            self.cloud.vanish(alive["id"])
+            return
+        provider = self.providers()[host]
+        (found,) = provider.list({})
+        provider.connect(found.id).kill()
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -430,8 +458,11 @@ class Installation:
             process.kill()
             if process.process.stdin is not None:
                 process.process.stdin.close()
-        for provider in self.providers().values():
-            for info in provider.list({}):
-                provider.connect(info.id).kill()
+        if self.cloud is not None:
+            self.cloud.clear()
+        else:
+            for provider in self.providers().values():
+                for info in provider.list({}):
+                    provider.connect(info.id).kill()
         oracle.kill_leftovers(self)
         self.store.close()

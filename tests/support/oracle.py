@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -32,7 +33,22 @@ def wrong_with(installation: Installation, ended: Mapping[str, str]) -> list[str
         sandboxes = installation.home(host) / "sandboxes"
         wrong += [f"there is a sandbox left over: {path}" for path in sandboxes.glob("*")]
         wrong += [f"there is a sandbox left over: {path}" for path in sandboxes.glob(".*")]
-    return wrong
+    return [*wrong, *_cloud(installation)]
+
+
+def _cloud(installation: Installation) -> Iterator[str]:
+    if installation.cloud is None:
+        return
+    sandboxes = {sandbox["id"]: sandbox for sandbox in installation.cloud.sandboxes()}
+    for sandbox in sandboxes.values():
+        if sandbox["alive"]:
+            yield f"there is a sandbox left over: {sandbox['id']}, made as {sandbox['asked']['metadata']}"
+    for task_id in installation.tasks():
+        starts = [line["sandbox"] for line in installation.journal(task_id, "start")]
+        for earlier, later in itertools.pairwise(starts):
+            ended_at = sandboxes[earlier]["ended_at"]
+            if ended_at is None or ended_at > sandboxes[later]["started_at"]:
+                yield f"{task_id}: two sandboxes with an agent lived at once, {earlier} and {later}"
 
 
 def _ending(task: Task, expected: str) -> Iterator[str]:
@@ -114,7 +130,8 @@ def leftover_processes(installation: Installation) -> list[tuple[int, str]]:
         if folder.name.isdecimal():
             with suppress(OSError):  # gone meanwhile
                 environment = (folder / "environ").read_bytes()
-                if b"CLOUDAGENT_SANDBOX=" in environment and any(mark in environment for mark in marks):
+                of_a_sandbox = b"CLOUDAGENT_SANDBOX=" in environment or b"STANDIN_JOURNAL=" in environment
+                if of_a_sandbox and any(mark in environment for mark in marks):
                     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     found.append((int(folder.name), command))
     return found

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from cloudagent_queue.agents import REPOSITORY_FOLDER, RUN_FOLDER
 from cloudagent_queue.sandboxes import Sandbox
 from cloudagent_storage.records import TaskSpec
 
 PROGRAM = Path(__file__).with_name("standin_program.py")
+TASK: ContextVar[str] = ContextVar("TASK")
+"""The task whose agent is about to be started: set by the program that starts a worker, as no agent is told that."""
 
 
 class StandIn:
@@ -32,14 +35,11 @@ class StandIn:
         return ()
 
     def install(self, sandbox: Sandbox, spec: TaskSpec, **_: Any) -> None:
-        # A provider of this machine keeps a sandbox's metadata above its root.
-        folder: Path = cast(Any, sandbox)._folder
-        about = json.loads((folder / "meta.json").read_text())
         whole = {
             "prompt": spec.prompt,
             "cwd": REPOSITORY_FOLDER,
             "journal": str(self.journal),
-            "task": about["metadata"]["task"],
+            "task": TASK.get(),
             "sandbox": sandbox.id,
         }
         sandbox.write(f"{RUN_FOLDER}/agent.py", PROGRAM.read_bytes())

@@ -9,8 +9,9 @@ The prompt is a JSON object; all of it may be left out:
     gate                before the last step, wait until a file of this name is in the journal's folder
     die_at              the step at which it kills itself, without a result
     hang_at             the step at which it says nothing more, though it obeys a stop
-    ignore_stop         it does not obey
-    die_worker          the step from which on it kills every worker that follows it, and says nothing more
+    ignore_stop         it does not obey, SIGTERM neither
+    die_worker          the step from which on it kills every worker that follows it, and says nothing more; on this
+                        machine only, as a sandbox elsewhere has no such processes
 
 The journal is `<folder>/<task>.jsonl`. Each line has `what`, `pid`, `sandbox` and `at`, the machine's monotonic time:
 `start`, `call` (with `step`), `killed_worker`, `stop`, `end` (with `outcome` and `events`), and `overlap` instead of
@@ -55,6 +56,8 @@ class Agent:
         except BlockingIOError:
             self.note("overlap")
             os._exit(OVERLAP)
+        if self.prompt.get("ignore_stop"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.note("start")
         steps = int(self.prompt.get("steps", 10))
         for step in range(steps):

@@ -26,7 +26,7 @@ from cloudagent_queue.lease import Timers
 from cloudagent_queue.sandboxes import local
 from tests.support import failpoints
 from tests.support.failpoints import Failpoint
-from tests.support.standin import StandIn
+from tests.support.standin import TASK, StandIn
 from tests.support.worlds import AppWithoutWorker
 
 
@@ -39,6 +39,7 @@ def main() -> None:
     agents.AGENTS = {"claude": ("tests.support.standin", "StandIn")}
     # What a dead worker left half made or half deleted is removed after an hour: here, after a lease.
     setattr(local, "_ABANDONED_AFTER_S", given["abandoned_s"])  # noqa: B010
+    tell_agents_what_they_are_for()
     tell_agents_who_follows(journal)
     failpoints.install([Failpoint(**fields) for fields in given["failpoints"]], journal / "fired")
     if hook := given.get("hook"):
@@ -61,6 +62,18 @@ def end_with_starter() -> None:
     while os.read(0, 1):  # a reader object of Python's would be locked when the interpreter ends
         pass
     os._exit(0)
+
+
+def tell_agents_what_they_are_for() -> None:
+    """A stand-in writes its task's journal, in whatever sandbox."""
+    start_agent: Callable[[attempt.Attempt], None] = attempt.Attempt.start_agent
+
+    @functools.wraps(start_agent)
+    def telling(self: attempt.Attempt) -> None:
+        TASK.set(self.task_id)
+        start_agent(self)
+
+    attempt.Attempt.start_agent = telling
 
 
 def tell_agents_who_follows(journal: Path) -> None:

@@ -21,6 +21,7 @@ from cloudagent_mcp.client import LocalClient
 from cloudagent_mcp.settings import Settings
 from cloudagent_queue.lease import Timers
 from cloudagent_queue.sandboxes import open_provider
+from tests.support.e2b_server.client import E2bServer
 
 FAST = Timers(
     lease_s=3.0,
@@ -90,8 +91,15 @@ class World:
     home: Path
     environment: dict[str, str]
     timers: Timers = FAST
+    cloud: E2bServer | None = None
+    """Where its sandboxes are, if not on this machine."""
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
     apps: list[App] = field(default_factory=list[App])
+
+    def in_cloud(self, cloud: E2bServer) -> World:
+        """The same, with its sandboxes there; nobody else uses it meanwhile."""
+        variables = {**cloud.environment, "SANDBOX_PROVIDER": "e2b"}
+        return replace(self, environment={**self.environment, **variables}, cloud=cloud)
 
     @property
     def settings(self) -> Settings:
@@ -148,13 +156,36 @@ class World:
         """The command line of each of them."""
         return [command for _, command in self._agents()]
 
+    def sandboxes(self) -> list[str]:
+        """Every living sandbox of this installation."""
+        if self.cloud is not None:
+            return [sandbox["id"] for sandbox in self.cloud.living()]
+        return [folder.name for folder in (self.home / "sandboxes").glob("sbx_*")]
+
+    def kill_sandbox(self) -> None:
+        """Kill the only one there is, from outside."""
+        (sandbox_id,) = self.sandboxes()
+        if self.cloud is not None:
+            self.cloud.vanish(sandbox_id)
+        else:
+            open_provider("local", data_folder=self.home).connect(sandbox_id).kill()
+
     def _agents(self) -> list[tuple[psutil.Process, str]]:
         found: list[tuple[psutil.Process, str]] = []
-        for process in psutil.process_iter():
+        for process in psutil.process_iter() if self.cloud is None else self._processes_in(self.cloud):
             with contextlib.suppress(psutil.Error, OSError):
                 command = " ".join(process.cmdline())
-                if str(self.home / "sandboxes") in command or self._in_sandbox(process.pid):
+                if self.cloud or str(self.home / "sandboxes") in command or self._in_sandbox(process.pid):
                     found.append((process, command))
+        return found
+
+    @staticmethod
+    def _processes_in(cloud: E2bServer) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+        for sandbox in cloud.living():
+            with contextlib.suppress(psutil.Error):
+                # The first process of a sandbox has its supervisor as its first child; all others are below either.
+                found += psutil.Process(sandbox["first_process"]).children(recursive=True)[1:]
         return found
 
     def _in_sandbox(self, pid: int) -> bool:
@@ -195,6 +226,8 @@ class World:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(10)
+        if self.cloud is not None:
+            self.cloud.clear()
         for name in ("local", "unsafe-process"):
             provider = open_provider(name, data_folder=self.home)
             for info in provider.list({}):

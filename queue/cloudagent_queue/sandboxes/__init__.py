@@ -209,7 +209,11 @@ class Entry:
 _LIFE = ("SANDBOX_TEMPLATE", "SANDBOX_SESSION_MINUTES")
 PROVIDERS: Mapping[str, Entry] = {
     "local": Entry("cloudagent_queue.sandboxes.local", "LocalProvider"),
-    "novita": Entry("cloudagent_queue.sandboxes.e2b", "NovitaProvider", ("NOVITA_API_KEY", "NOVITA_DOMAIN", *_LIFE)),
+    "novita": Entry(
+        "cloudagent_queue.sandboxes.e2b",
+        "NovitaProvider",
+        ("NOVITA_API_KEY", "NOVITA_DOMAIN", "NOVITA_API_URL", "NOVITA_SANDBOX_URL", *_LIFE),
+    ),
     "e2b": Entry(
         "cloudagent_queue.sandboxes.e2b",
         "E2BProvider",

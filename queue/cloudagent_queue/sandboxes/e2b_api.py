@@ -58,7 +58,9 @@ class Service:
     """The variable with the API key; the next one is what such keys begin with."""
     prefix: str
     domain: str
-    """The variable with the domain."""
+    """The variable with the domain; the next two are those with addresses of its API and of its sandboxes instead."""
+    api_url: str
+    sandbox_url: str
     default_domain: str
     where_keys_are: str
 
@@ -69,6 +71,8 @@ NOVITA = Service(
     key="NOVITA_API_KEY",
     prefix="nvta_",
     domain="NOVITA_DOMAIN",
+    api_url="NOVITA_API_URL",
+    sandbox_url="NOVITA_SANDBOX_URL",
     default_domain="us-phx-1.sandbox.novita.ai",
     where_keys_are="https://novita.ai/settings/key-management",
 )
@@ -78,6 +82,8 @@ E2B = Service(
     key="E2B_API_KEY",
     prefix="e2b_",
     domain="E2B_DOMAIN",
+    api_url="E2B_API_URL",
+    sandbox_url="E2B_SANDBOX_URL",
     default_domain="e2b.app",
     where_keys_are="https://e2b.dev/dashboard?tab=keys",
 )
@@ -99,9 +105,8 @@ class Api:
     def __init__(self, service: Service, env: Mapping[str, str], *, create_s: float) -> None:
         self.service = service
         self.domain = env.get(service.domain) or service.default_domain
-        own = service is E2B
-        self.url = (env.get("E2B_API_URL") if own else None) or f"https://api.{self.domain}"
-        self._sandbox_url = (env.get("E2B_SANDBOX_URL") if own else None) or None
+        self.url = env.get(service.api_url) or f"https://api.{self.domain}"
+        self._sandbox_url = env.get(service.sandbox_url) or None
         self.at_home = self.url == f"https://api.{service.default_domain}"
         self.template = env.get("SANDBOX_TEMPLATE") or None
         self.session_s = float(env.get("SANDBOX_SESSION_MINUTES") or 60) * 60
@@ -295,7 +300,8 @@ class Api:
         from e2b.connection_config import ConnectionConfig
 
         config = ConnectionConfig(**self.options(self._create_s), retries=0)
-        return get_api_client(config).get_httpx_client().request("POST", path, json=body)
+        # Its transport has one limit for a whole request: the sum of those for writing and for reading.
+        return get_api_client(config).get_httpx_client().request("POST", path, json=body, timeout=self._create_s / 2)
 
     def _created(self, answer: dict[str, Any]) -> Made:
         from e2b.connection_config import ConnectionConfig

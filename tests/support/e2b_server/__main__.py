@@ -91,6 +91,12 @@ def routes_of_switches(cloud: Cloud, faults: Faults) -> list[Route]:
             setattr(cloud.settings, name, value)
         return Response(status_code=204)
 
+    first = asdict(cloud.settings)
+
+    async def as_first(request: Request) -> Response:
+        cloud.settings = Settings(**first)
+        return Response(status_code=204)
+
     async def to_sandbox(request: Request) -> Response:
         inside = cloud.find(request.path_params["id"]).inside
         does: dict[str, Callable[[], Any]] = {"freeze": inside.freeze, "thaw": inside.thaw, "vanish": inside.end}
@@ -104,6 +110,7 @@ def routes_of_switches(cloud: Cloud, faults: Faults) -> list[Route]:
         Route("/_faults", add_fault, methods=["POST"]),
         Route("/_faults", heal, methods=["DELETE"]),
         Route("/_settings", change, methods=["POST"]),
+        Route("/_settings", as_first, methods=["DELETE"]),
         Route("/_sandboxes", sandboxes, methods=["GET"]),
         Route("/_sandboxes/{id}/{what}", to_sandbox, methods=["POST"]),
         Route("/_builds", builds, methods=["GET"]),

@@ -64,8 +64,17 @@ class E2bServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that point the product's own provider at it."""
-        return {"E2B_API_KEY": self.api_key, "E2B_API_URL": self.url, "E2B_SANDBOX_URL": self.url}
+        """The variables that point the product's provider `e2b` at it."""
+        return self.environment_of("e2b")
+
+    def environment_of(self, provider: str) -> dict[str, str]:
+        """Those that point one of the product's providers at it, be it `e2b` or `novita`."""
+        prefix = provider.upper()
+        return {
+            f"{prefix}_API_KEY": self.api_key,
+            f"{prefix}_API_URL": self.url,
+            f"{prefix}_SANDBOX_URL": self.url,
+        }
 
     def fault(self, kind: str, path: str = ANY, **how: Any) -> Fault:
         """Let something happen to the next requests whose whole path fits; the first fault that fits takes a request.
@@ -104,11 +113,24 @@ class E2bServer:
 
     def sandboxes(self) -> list[dict[str, Any]]:
         """Every sandbox that there was: `id`, `alive`, `asked` (at its create), `timeouts`, `network`, `home`,
-        `first_process`."""
+        `first_process`, `started_at`, `ended_at`."""
         return self._call("GET", "/_sandboxes")
 
     def sandbox(self, sandbox_id: str) -> dict[str, Any]:
         return next(sandbox for sandbox in self.sandboxes() if sandbox["id"] == sandbox_id)
+
+    def living(self) -> list[dict[str, Any]]:
+        """Those of the `sandboxes` that live."""
+        return [sandbox for sandbox in self.sandboxes() if sandbox["alive"]]
+
+    def clear(self) -> None:
+        """No fault, no sandbox, and the settings that it was started with: for whoever uses it next."""
+        if self._frozen:
+            self.thaw()
+        self.heal()
+        self._call("DELETE", "/_settings")
+        for sandbox in self.living():
+            self.vanish(sandbox["id"])
 
     def builds(self) -> list[dict[str, Any]]:
         """Every build of a template: `requested`, `started` (with its steps), `status`, `uploads`."""

@@ -44,6 +44,8 @@ class Settings:
     refuse_beyond_cap: bool = True
     """Does `timeout` answer 400 for what leads beyond the cap? E2B silently gives less; its create always refuses."""
     most_sandboxes: int = 1000
+    shared_folder: str | None = None
+    """A folder of this machine's that new sandboxes have, too, at its own path: stand-ins for agents leave traces."""
 
 
 @dataclass
@@ -98,6 +100,8 @@ class Sandbox:
             "network": self.network,
             "home": str(self.inside.folder / "home"),
             "first_process": self.inside.first_process(),
+            "started_at": self.started_at,
+            "ended_at": self.inside.ended_at,
         }
 
 
@@ -137,7 +141,7 @@ class Cloud:
         folder = self._folder / "sandboxes" / sandbox_id
         if template.folder is not None:
             await asyncio.to_thread(copy_files, template.folder, folder / "home")
-        inside = Isolated(folder, self._bubblewrap, hidden=self._folder)
+        inside = Isolated(folder, self._bubblewrap, hidden=self._folder, shared=self.settings.shared_folder)
         env: dict[str, str] = {
             "PATH": PATH_WITH_AGENT if template.has_agent else BARE_PATH,
             **{"HOME": HOME, "USER": USER, "LOGNAME": USER, "LANG": "C.UTF-8"},

@@ -95,8 +95,9 @@ async def _suffer(fault: Fault, inner: Any, scope: Any, receive: Any, send: Any)
             await until_closed(receive)
         case "delay":
             fault.fired += 1
+            whole = await _drain(receive)  # before: it is done also where whoever asked has hung up meanwhile
             await asyncio.sleep(fault.seconds)
-            await inner(scope, receive, send)
+            await inner(scope, _again(whole, receive), send)
         case _:
             await inner(scope, receive, _Hurt(fault, receive, send))
 
@@ -167,9 +168,23 @@ async def _ignore(message: Any) -> None:
     return
 
 
-async def _drain(receive: Any) -> None:
-    while (await receive()).get("more_body"):
-        pass
+async def _drain(receive: Any) -> bytes:
+    """The body of a request."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
+
+
+def _again(body: bytes, receive: Any) -> Any:
+    """A `receive` that begins with this body."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Any:
+        return messages.pop() if messages else await receive()
+
+    return replay
 
 
 async def until_closed(receive: Any) -> None:

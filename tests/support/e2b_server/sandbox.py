@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,10 @@ class Gone(Exception):
 class Isolated:
     """A supervisor in a bubblewrap, and the conversation with it."""
 
-    def __init__(self, folder: Path, bubblewrap: Bubblewrap, *, hidden: Path) -> None:
+    def __init__(self, folder: Path, bubblewrap: Bubblewrap, *, hidden: Path, shared: str | None = None) -> None:
         self.folder = folder
         self.gone = asyncio.Event()
+        self.ended_at: float | None = None
         self.exits: dict[int, asyncio.Future[int]] = {}
         """The wait status of each started process, by pid."""
         self._loop = asyncio.get_running_loop()
@@ -58,7 +60,7 @@ class Isolated:
         arguments = ["--bind", str(folder / "home"), HOME, *isolation(hidden=hidden), "--uid", "1000", "--gid", "1000"]
         arguments += ["--ro-bind-data", str(users), "/etc/passwd", "--ro-bind-data", str(groups), "/etc/group"]
         arguments += ["--ro-bind", supervisor.__file__, _SUPERVISOR_INSIDE, "--chdir", HOME]
-        arguments += ["--die-with-parent"]
+        arguments += ["--die-with-parent", *(["--bind", shared, shared] if shared is not None else [])]
         python = [sys.executable, "-I", "-S", _SUPERVISOR_INSIDE, str(inside.fileno())]
         # In this thread: a sandbox dies with the thread that has started it.
         self._outer = subprocess.Popen(
@@ -180,6 +182,7 @@ class Isolated:
         self._outer.wait()
         os.close(self._pidfd)
         self._socket.close()
+        self.ended_at = time.time()
         self.gone.set()
         for future in [*self._replies.values(), *self.exits.values(), self._ready]:
             if not future.done():
