@@ -91,9 +91,10 @@ class Lease:
 
     @contextmanager
     def interruptible(self, interrupt: Callable[[], None]) -> Generator[None]:
-        """While the block runs, a cancel calls `interrupt` from the lease's thread, once.
+        """While the block runs, a cancel calls `interrupt` from the lease's thread, again and again.
 
-        For work that waits on one long call and cannot look at `signals` itself.
+        For work that waits on long calls and cannot look at `signals` itself. Once is not enough: it may come between
+        two calls, when there is nothing to interrupt.
         """
         with self._guard:
             self._interrupt = interrupt
@@ -114,7 +115,7 @@ class Lease:
                     log.warning("lost the lease of %s, attempt %d", self._claim.task.task_id, self._claim.attempt)
                     return
                 if self.signals.cancel_requested:
-                    self._interrupt_once()
+                    self._interrupt_block()
 
     def _look(self) -> None:
         """Renew the lease when that is due, and learn what is new of the task where something may be."""
@@ -129,11 +130,10 @@ class Lease:
             self._changed.set()
             log.warning("could not renew the lease of %s; trying again", task_id)
 
-    def _interrupt_once(self) -> None:
+    def _interrupt_block(self) -> None:
         with self._guard:
-            interrupt, self._interrupt = self._interrupt, None
-            if interrupt is not None:
+            if self._interrupt is not None:
                 try:
-                    interrupt()
+                    self._interrupt()
                 except CloudAgentError as error:
                     log.warning("could not interrupt %s: %s", self._claim.task.task_id, error)
