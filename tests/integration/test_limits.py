@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
 
 from cloudagent_queue.follow import read_result
 from cloudagent_queue.sandboxes import Sandbox, disk_watch, open_provider, safe_files
-from cloudagent_queue.sandboxes.limits import Limits, controls, places
+from cloudagent_queue.sandboxes.limits import Groups, Limits, controls, places
 from cloudagent_queue.sandboxes.local import LocalProvider
 from cloudagent_storage.errors import SandboxError
 from tests.integration.test_local_users import IMPORT_FROM, interpreter_for
@@ -30,17 +32,20 @@ ENV = {"SANDBOX_PIDS": str(PIDS), "SANDBOX_MEMORY_MB": str(MEMORY_MB), "SANDBOX_
 limits_memory = pytest.mark.skipif("memory" not in controls(), reason="No control group for memory can be made here.")
 limits_pids = pytest.mark.skipif("pids" not in controls(), reason="No control group for processes can be made here.")
 
+# Each of these has an end of its own, well beyond the limits: where they are broken, a test fails, and no machine does.
 FORK_BOMB = """
-import os
-open("begun", "w").close()
-while True:
+import os, time
+forks = 0
+while forks < 8:
     try:
         os.fork()
+        forks += 1
     except OSError:
         pass
+time.sleep(600)
 """
-HOG = "held = []\nwhile True: held.append(bytearray(b'x') * 10_000_000)"
-FILLER = "import os\nfor n in range(10**9): open(f'{n}', 'wb').write(os.urandom(1_000_000))"
+HOG = "held = []\nfor _ in range(100): held.append(bytearray(b'x') * 10_000_000)"
+FILLER = "import os, time\nfor n in range(600): open(f'{n}', 'wb').write(os.urandom(1_000_000))\ntime.sleep(600)"
 DAEMONS = """
 import os, time
 for _ in range(10):
@@ -61,7 +66,7 @@ time.sleep(600)
 ZOMBIES = """
 import os, time
 try:
-    while True:
+    for _ in range(300):
         if os.fork() == 0:
             os._exit(0)
 except OSError:
@@ -133,7 +138,7 @@ def test_a_fork_bomb_comes_to_its_limit_and_is_gone_with_its_sandbox(
 @limits_pids
 def test_what_is_run_beside_the_agent_counts_and_is_told_of(sandbox: Sandbox) -> None:
     done = sandbox.run(
-        python(sandbox, "import os\nfor n in range(1000): os.fork() or __import__('time').sleep(60)"), timeout_s=20
+        python(sandbox, "import os\nfor n in range(300): os.fork() or __import__('time').sleep(60)"), timeout_s=20
     )
     assert done.exit_code not in (0, None) and "SANDBOX_PIDS" in done.output
     assert inhabitants(sandbox) == set()
@@ -263,7 +268,7 @@ def test_an_agent_that_is_killed_for_its_memory_leaves_words_that_say_so(sandbox
 
 @limits_memory
 def test_files_in_tmp_count_as_memory(sandbox: Sandbox) -> None:
-    script = "import os\nos.chdir('/tmp')\nfor n in range(1000): open(f'{n}', 'wb').write(bytes(1_000_000))"
+    script = "import os\nos.chdir('/tmp')\nfor n in range(500): open(f'{n}', 'wb').write(bytes(1_000_000))"
     done = sandbox.run(python(sandbox, script), timeout_s=60)
     assert done.exit_code == 137 and "SANDBOX_MEMORY_MB" in done.output
 
@@ -290,7 +295,7 @@ def test_a_setup_that_fills_the_disk_is_stopped_too_though_it_hides_what_it_writ
 
 
 def test_what_is_printed_counts(sandbox: Sandbox, tmp_path: Path) -> None:
-    sandbox.start(["yes"], env={})
+    sandbox.start(["sh", "-c", "yes | head -c 500000000; sleep 600"], env={})
     until(lambda: not sandbox.alive(), "it is ended", 60)
     # A file has an end of its own, that needs no watching.
     assert (tmp_path / "sandboxes" / sandbox.id / "output.log").stat().st_size <= DISK_MB * 1_000_000
@@ -404,6 +409,48 @@ def test_no_group_is_left_however_a_command_and_the_deletion_meet(provider: Loca
 
 
 @limits_pids
+@pytest.mark.parametrize("moment", ["before the groups are made", "before the folder goes"])
+def test_no_group_is_left_of_a_command_that_begins_while_its_sandbox_is_deleted(
+    provider: LocalProvider, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    make, rename = Groups.make, Path.rename
+    other = provider.connect(sandbox.id)
+
+    def make_late(made: Groups) -> list[str]:
+        other.kill()
+        return make(made)
+
+    def rename_late(path: Path, target: Path) -> Path:
+        if path.name == sandbox.id:
+            make(Groups(path, Limits()))
+            assert groups(sandbox)
+        return rename(path, target)
+
+    if moment == "before the groups are made":
+        monkeypatch.setattr(Groups, "make", make_late)
+        with pytest.raises(SandboxError):
+            sandbox.run(["true"], timeout_s=20)
+    else:
+        monkeypatch.setattr(Path, "rename", rename_late)
+        other.kill()
+    assert groups(sandbox) == []
+
+
+@limits_pids
+def test_no_group_is_left_of_a_command_whose_sandbox_somebody_removed_by_hand(sandbox: Sandbox, tmp_path: Path) -> None:
+    def run() -> None:
+        with suppress(SandboxError):
+            sandbox.run(["sleep", "1"], timeout_s=20)
+
+    running = Thread(target=run)
+    running.start()
+    until(lambda: inhabitants(sandbox), "it runs")
+    shutil.rmtree(tmp_path / "sandboxes" / sandbox.id)
+    running.join(30)
+    assert groups(sandbox) == []
+
+
+@limits_pids
 def test_a_program_that_cannot_be_limited_is_not_run(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -422,7 +469,7 @@ def test_a_program_that_cannot_be_limited_is_not_run(
 def test_the_operator_sets_the_limits_and_a_task_that_hits_one_says_so(world: World) -> None:
     world.environment |= {"SANDBOX_DISK_MB": "40"}
     world.start_worker()
-    fill = "python3 -c \"import os; [open(str(n), 'wb').write(os.urandom(1000000)) for n in range(100000)]\""
+    fill = "python3 -c \"import os; [open(str(n), 'wb').write(os.urandom(1000000)) for n in range(600)]\""
     with world.client() as client:
         task_id = client.call("submit_task", prompt="x", repository="none", setup=fill)["task_id"]
         task = world.wait(client, task_id)

@@ -129,26 +129,32 @@ class Groups:
     def __init__(self, folder: Path, limits: Limits) -> None:
         """`folder` is the sandbox's; its name, which nothing else has, is the groups', too."""
         self._record = folder / "groups.json"
+        self._made: list[Path] = []
         self._name = f"cloudagent_{folder.name}"
         self._limits = limits
 
     def make(self) -> list[str]:
         """See to it that they exist; the files into which a process writes itself to be in them. Raises OSError."""
-        paths = self._paths()
+        paths = _recorded(self._record)
         if paths is None or not all(path.parent.is_dir() for path in paths):
             # The group of a worker that is gone may have gone with it: then nothing of the sandbox runs either.
             paths = [place.folder / self._name for place in places()]
             draft = self._record.with_name(f".groups_{secrets.token_hex(8)}")
             draft.write_text(json.dumps([str(path) for path in paths]))
             draft.rename(self._record)
+        self._made = paths
         for path in paths:
             path.mkdir(exist_ok=True)
             _set_limits(path, self._limits)
         return [str(path / "cgroup.procs") for path in paths]
 
-    def remove(self) -> None:
-        """End whatever is in them, and remove them. Raises `SandboxUnreachable` when that does not end."""
-        for path in self._paths() or ():
+    def remove(self, moved_to: Path | None = None) -> None:
+        """End whatever is in them, and remove them. Raises `SandboxUnreachable` when that does not end.
+
+        `moved_to` is the sandbox's folder where it has another name by now.
+        """
+        record = self._record if moved_to is None else moved_to / self._record.name
+        for path in _recorded(record) or self._made:
             _remove(path, self._name)
 
     def met(self) -> list[str]:
@@ -163,7 +169,7 @@ class Groups:
         return met
 
     def _count(self, key: str, *names: str) -> int:
-        for path in self._paths() or ():
+        for path in _recorded(self._record) or ():
             for name in names:
                 with suppress(OSError):
                     for line in (path / name).read_text().splitlines():
@@ -171,11 +177,12 @@ class Groups:
                             return int(line.split()[1])
         return 0
 
-    def _paths(self) -> list[Path] | None:
-        try:
-            return [Path(path) for path in json.loads(self._record.read_text())]
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+
+def _recorded(record: Path) -> list[Path] | None:
+    try:
+        return [Path(path) for path in json.loads(record.read_text())]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def controls() -> frozenset[str]:

@@ -155,6 +155,8 @@ class LocalSandbox(ABC):
                 self._end_run(run, run_id)
                 child.kill()  # where somebody killed the sandbox meanwhile, its record is gone
                 exit_code = child.wait()
+                if not self._folder.exists():
+                    self._remove_groups()  # nobody else knows of them any more
                 ended = run.read()
                 run.remove()
             output.drain()
@@ -215,7 +217,7 @@ class LocalSandbox(ABC):
         gone = self._folder.with_name(f".gone_{self.id}")
         with suppress(FileNotFoundError):
             self._folder.rename(gone)
-        self._remove_groups()
+            self._remove_groups(gone)
         # From here on nobody finds it; what a crash or a failing disk leaves of it is removed by `list`.
         with suppress(OSError):
             safe_files.remove_tree(gone)
@@ -257,8 +259,8 @@ class LocalSandbox(ABC):
         """End what lives outside for this sandbox alone."""
         return
 
-    def _remove_groups(self) -> None:
-        """Remove what limits its processes."""
+    def _remove_groups(self, moved_to: Path | None = None) -> None:
+        """Remove what limits its processes; also from where its folder was moved to."""
         return
 
     def _environment(self, env: Mapping[str, str], *, home: str) -> dict[str, str]:
@@ -311,8 +313,8 @@ class BubblewrapSandbox(LocalSandbox):
         if self._network is not None:
             self._network.end()
 
-    def _remove_groups(self) -> None:
-        self._groups.remove()
+    def _remove_groups(self, moved_to: Path | None = None) -> None:
+        self._groups.remove(moved_to)
 
     def _confine(self) -> processes.Confinement:
         """Raises OSError, and `SandboxGone` when it was deleted meanwhile."""
