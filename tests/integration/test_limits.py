@@ -187,7 +187,8 @@ FEW_PROCESSES = """
 import pathlib, sys
 from cloudagent_queue.sandboxes import open_provider
 from cloudagent_queue.sandboxes.limits import controls
-provider = open_provider("local", data_folder=pathlib.Path(sys.argv[1]), env={"SANDBOX_PIDS": "30"})
+env = {"SANDBOX_PIDS": "30", "SANDBOX_DISK_MB": "40"}
+provider = open_provider("local", data_folder=pathlib.Path(sys.argv[1]), env=env)
 print("memory" in controls(), "pids" in controls(), provider.self_check())
 sandbox = provider.create(metadata={})
 count = '''
@@ -203,6 +204,8 @@ print(children)
 '''
 print(sandbox.run([sandbox.python, "-c", count], timeout_s=60).output.strip())
 print(sandbox.run(["no such program"], timeout_s=60).exit_code)
+hide = "import os; os.mkdir('hidden'); os.chdir('hidden'); os.chmod('.', 0o300)"
+print("SANDBOX_DISK_MB" in sandbox.run([sandbox.python, "-c", hide + sys.argv[2]], timeout_s=60).output)
 sandbox.kill()
 """
 
@@ -220,7 +223,7 @@ def test_without_control_groups_processes_are_limited_from_inside_and_the_rest_i
     # More than the limit of the sandbox, of the same user's.
     others = [subprocess.Popen(["sleep", "600"], user=nobody, group=nobody, extra_groups=[]) for _ in range(40)]
     try:
-        command = [interpreter, "-c", FEW_PROCESSES, str(folder)]
+        command = [interpreter, "-c", FEW_PROCESSES, str(folder), f"\n{FILLER}"]
         done = run(command, env={"PYTHONPATH": IMPORT_FROM}, capture_output=True, text=True)
     finally:
         for other in others:
@@ -228,11 +231,12 @@ def test_without_control_groups_processes_are_limited_from_inside_and_the_rest_i
             other.wait()
         shutil.rmtree(folder)
     assert done.returncode == 0, done.stderr
-    said, children, code = done.stdout.splitlines()
+    said, children, code, disk = done.stdout.splitlines()
     assert said.startswith("False False bubblewrap") and said.endswith(
-        "limits: 30 processes, 20000 MB of disk; cannot limit memory, as no control group can be made here"
+        "limits: 30 processes, 40 MB of disk; cannot limit memory, as no control group can be made here"
     )
     assert 20 < int(children) < 30 and code == "127"
+    assert disk == "True"  # though root alone could look into the folder
 
 
 # Memory
@@ -288,9 +292,8 @@ def test_what_fills_the_disk_is_stopped_and_its_work_can_be_saved(sandbox: Sandb
     assert sandbox.run(["sh", "-c", "rm -r [1-9]* && echo saved"], timeout_s=60).output == "saved\n"
 
 
-def test_a_setup_that_fills_the_disk_is_stopped_too_though_it_hides_what_it_writes(sandbox: Sandbox) -> None:
-    hide = "import os\nos.mkdir('hidden')\nos.chdir('hidden')\nos.chmod('.', 0o300)\n"
-    done = sandbox.run(python(sandbox, hide + FILLER), timeout_s=90)
+def test_a_setup_that_fills_the_disk_is_stopped_too(sandbox: Sandbox) -> None:
+    done = sandbox.run(python(sandbox, FILLER), timeout_s=90)
     assert done.exit_code == 137 and "SANDBOX_DISK_MB" in done.output
 
 
@@ -386,6 +389,7 @@ def test_limits_hold_after_the_worker_was_killed_and_another_one_removes_them(tm
     (found,) = provider.list({})
     sandbox = provider.connect(found.id)
     until(lambda: sandbox.limits_met(), "it is refused a process")
+    assert f"had {PIDS} processes" in sandbox.limits_met()[0]
     assert len(inhabitants(sandbox)) <= PIDS and sandbox.alive()
     assert watchers(tmp_path / "sandboxes")
     sandbox.kill()
