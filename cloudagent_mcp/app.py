@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TASKS_PER_CONNECTION = 8
+"""A running task writes a batch of its log every now and then, and renews its lease."""
+
 
 class App:
     """What one process works with."""
@@ -37,13 +40,19 @@ class App:
         self.settings = settings
         self.brief = True
         """Do people wait for what this process does? A worker sets it to False before it opens the store."""
+        self.tasks_at_once = 0
+        """How many tasks run in this process; a worker says so before it opens the store."""
 
     @cached_property
     def store(self) -> Store:
-        from cloudagent_storage.store import BRIEF, PATIENT, Store
+        from cloudagent_storage.store import BRIEF, CONNECTIONS, PATIENT, Store
 
         self.settings.make_home()
-        store = Store.open(self.settings.store_url, patience=BRIEF if self.brief else PATIENT)
+        store = Store.open(
+            self.settings.store_url,
+            patience=BRIEF if self.brief else PATIENT,
+            connections=max(CONNECTIONS, self.tasks_at_once // TASKS_PER_CONNECTION),
+        )
         store.migrate()
         store.accounts.ensure(LOCAL_ACCOUNT)
         return store

@@ -48,6 +48,10 @@ class Settings(BaseModel):
     """The hosts that sandboxes may reach beside those of the model and the repository; `open` for any."""
     sandbox_egress_tasks: Literal["none", "user", "any"] = "user"
     """Whose tasks may ask for more of them: nobody's, those of this machine's user, or everybody's."""
+    sandbox_memory_mb: int | None = Field(default=None, ge=0, le=1_000_000_000)
+    sandbox_pids: int | None = Field(default=None, ge=0, le=4_000_000)
+    sandbox_disk_mb: int | None = Field(default=None, ge=0, le=1_000_000_000)
+    """What one local sandbox may take; 0 is without limit. `sandboxes/limits.py` has the defaults."""
     admin_api_key: SecretStr | None = None
     encryption_key: SecretStr | None = None
     """Seals credentials at rest; separated by commas, newest first. A key file in the data folder where it is unset."""

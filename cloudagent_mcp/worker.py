@@ -46,7 +46,8 @@ def work(
     wake = threading.Event()
     settings = app.settings
     settings.make_home()
-    app.brief = False
+    count = concurrency or settings.worker_concurrency
+    app.brief, app.tasks_at_once = False, count
     app.queue.check()
 
     def stop(*_: object) -> None:
@@ -77,7 +78,6 @@ def work(
             egress_of_tasks=settings.sandbox_egress_tasks,
             running_max=settings.account_running_max,
         )
-        count = concurrency or settings.worker_concurrency
         report = functools.partial(_report, app.store, worker, count)
         helpers = [
             threading.Thread(

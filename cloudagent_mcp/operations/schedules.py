@@ -16,7 +16,7 @@ from cloudagent_mcp.operations.credentials import Credentials
 from cloudagent_mcp.operations.submission import Allowed, check_task, find_source, title_of
 from cloudagent_queue.agents import open_agent
 from cloudagent_queue.cron import Cron
-from cloudagent_queue.schedules import run_now
+from cloudagent_queue.schedules import overdue, run_now
 from cloudagent_storage.errors import CredentialMissing, InvalidInput, NeverFires
 from cloudagent_storage.records import (
     MAX_SCHEDULES,
@@ -146,7 +146,10 @@ class Schedules:
         while True:
             held = self._store.schedules.hold(caller.account_id, schedule_id)
             changes = self._changes(caller, held, name=name, cron=cron, timezone=timezone, task=task, enabled=enabled)
-            if (changed := self._store.schedules.change(held, **changes)) is not None:
+            passed = overdue(self._store, held) if "next_due_at" in changes else []
+            if passed is None:
+                continue
+            if (changed := self._store.schedules.change(held, overdue=passed, **changes)) is not None:
                 self._ensure_worker_for([changed])
                 return _with_due_times(changed)
 

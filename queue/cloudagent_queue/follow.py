@@ -109,6 +109,8 @@ def read_result(sandbox: Sandbox) -> Ending | None:
             code = known
     message = error.get("message")
     text = message[:2000] if isinstance(message, str) and message else "The agent ended without saying why."
+    if code == "agent_error" and (met := sandbox.limits_met()):
+        text = " ".join([text, *met])
     why = TaskError(code=code, message=text, remedy=REMEDIES[code])
     return Ending(TaskStatus.FAILED, why, summary, usage, model, stopped=result.get("outcome") == "stopped")
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from cloudagent_queue import repository
@@ -111,6 +112,21 @@ def _answer(store: Store, keyring: Keyring, ring: Callable[[str], None], held: H
     if run is not None and run.task_id is not None:
         log.info("%s submitted %s", schedule_id, run.task_id)
         ring(run.task_id)
+
+
+def overdue(store: Store, held: HeldSchedule) -> list[datetime] | None:
+    """The due times of a schedule that nobody has answered yet, and still may; [] where there are none.
+
+    For whoever changes its due times. None when it is to be looked at again: there were others, that were missed.
+    """
+    if held.due_at is None or held.due_at > held.seen_at:
+        return []
+    times = Cron(held.schedule.cron, held.schedule.timezone).after(held.due_at)
+    if held.due_at < held.seen_at - LATEST:
+        moments, next_due_at = _missed(held.due_at, held.seen_at - LATEST, times)
+        store.schedules.pass_over(held, moments, "missed", NO_WORKER, next_due_at=next_due_at)
+        return None
+    return [held.due_at, *takewhile(lambda moment: moment <= held.seen_at, times)]
 
 
 def _missed(first: datetime, until: datetime, times: Iterator[datetime]) -> tuple[list[datetime], datetime | None]:

@@ -9,18 +9,20 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 
 from cloudagent_queue import schedules
-from cloudagent_queue.schedules import NO_WORKER, fire_due, run_now
+from cloudagent_queue.schedules import NO_WORKER, fire_due, overdue, run_now
 from cloudagent_storage.errors import CredentialMissing, DatabaseUnavailable, LimitReached, ScheduleNotFound
 from cloudagent_storage.records import LOCAL_ACCOUNT, MAX_SCHEDULES, Schedule, ScheduleRun, TaskSpec, TaskStatus, new_id
 from cloudagent_storage.secrets import Keyring
-from cloudagent_storage.store import Store
+from cloudagent_storage.store import ScheduleChanges, Store, retention
+from cloudagent_storage.store.schedules import CHANGED_BEFORE
 from tests.support.scheduled import ENVIRONMENT, KEYRING, SPEC, due_now, scheduled
 from tests.support.stored import at_once, messages
-from tests.support.worlds import git, make_repository
+from tests.support.worlds import git, make_repository, until
 
 
 def fire(store: Store, keyring: Keyring = KEYRING) -> list[str]:
@@ -246,6 +248,109 @@ def test_a_paused_schedule_is_never_due_and_can_still_be_run(store: Store) -> No
     # At once, whatever else is under way, and each has a time of its own.
     assert [run.task_id for run in made] == rung and len({run.due_at for run in made}) == 3
     assert runs(store, schedule.schedule_id) == made[::-1]
+
+
+def changed(store: Store, schedule_id: str, **changes: Unpack[ScheduleChanges]) -> Schedule:
+    """As an update does it."""
+    while True:
+        held = store.schedules.hold(LOCAL_ACCOUNT, schedule_id)
+        passed = overdue(store, held)
+        if passed is not None and (after := store.schedules.change(held, overdue=passed, **changes)) is not None:
+            return after
+
+
+def test_a_pause_answers_the_due_times_that_nobody_has(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "MISSED_AT_A_TIME", 3)
+    schedule = scheduled(store, cron="*/5 * * * *", ago=timedelta(minutes=48))
+    first = schedule.next_due_at[0]
+    paused = changed(store, schedule.schedule_id, enabled=False, next_due_at=None)
+    now = store.now()
+    found = runs(store, schedule.schedule_id)[::-1]
+    assert [run.due_at for run in found] == [first + timedelta(minutes=5 * n) for n in range(len(found))]
+    assert now - timedelta(minutes=5, seconds=5) < found[-1].due_at <= now
+    assert len(found) in (9, 10) and paused.next_due_at == ()
+    for run in found:
+        recent = run.due_at > now - schedules.LATEST + timedelta(seconds=5)
+        assert run.task_id is None and (run.outcome == "skipped" or not recent)
+        assert run.reason == (CHANGED_BEFORE if run.outcome == "skipped" else NO_WORKER)
+    assert found[-1].outcome == "skipped" and found[0].outcome == "missed"
+    assert fire(store) == [] and len(runs(store, schedule.schedule_id)) == len(found)
+
+
+def test_other_times_answer_the_due_time_that_they_do_away_with(store: Store) -> None:
+    schedule = scheduled(store)
+    due_at = due_now(store, schedule.schedule_id)
+    later = store.now() + timedelta(hours=3)
+    changed(store, schedule.schedule_id, cron="30 4 * * *", next_due_at=later)
+    (run,) = runs(store, schedule.schedule_id)
+    assert (run.due_at, run.outcome, run.reason) == (due_at, "skipped", CHANGED_BEFORE)
+
+
+def test_a_due_time_that_comes_between_the_look_and_the_pause_is_answered(store: Store) -> None:
+    schedule = scheduled(store)
+    held = store.schedules.hold(LOCAL_ACCOUNT, schedule.schedule_id)
+    soon = held.seen_at + timedelta(seconds=1)
+    assert store.schedules.change(held, next_due_at=soon)
+    held = store.schedules.hold(LOCAL_ACCOUNT, schedule.schedule_id)
+    assert overdue(store, held) == []
+    until(lambda: store.now() > soon, "it is due")
+    assert store.schedules.change(held, enabled=False, next_due_at=None)
+    assert [(run.due_at, run.outcome) for run in runs(store, schedule.schedule_id)] == [(soon, "skipped")]
+
+
+def test_a_change_that_leaves_the_times_as_they_are_leaves_the_due_time_too(store: Store) -> None:
+    schedule = scheduled(store)
+    due_at = due_now(store, schedule.schedule_id)
+    held = store.schedules.hold(LOCAL_ACCOUNT, schedule.schedule_id)
+    assert store.schedules.change(held, name="another")
+    assert runs(store, schedule.schedule_id) == []
+    assert len(fire(store)) == 1 and runs(store, schedule.schedule_id)[0].due_at == due_at
+
+
+def test_a_pause_and_the_sweepers_that_race_leave_one_row(store: Store) -> None:
+    for _ in range(8):
+        schedule = scheduled(store)
+        due_at = due_now(store, schedule.schedule_id)
+        rung: list[str] = []
+
+        def pause(schedule_id: str = schedule.schedule_id) -> bool:
+            changed(store, schedule_id, enabled=False, next_due_at=None)
+            return False
+
+        at_once(pause, *[partial(fire_due, store, KEYRING, rung.append)] * 3)
+        (run,) = runs(store, schedule.schedule_id)
+        assert run.due_at == due_at and [run.task_id] == (rung or [None])
+        assert store.schedules.get(LOCAL_ACCOUNT, schedule.schedule_id).next_due_at == ()
+
+
+def test_runs_grow_old_and_the_newest_hundred_of_each_schedule_stay(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "LINES_AT_ONCE", 7)
+    many, few = scheduled(store), scheduled(store)
+    now = store.now().replace(microsecond=0)
+    for schedule, count in ((many, 130), (few, 50)):
+        moments = [now - timedelta(days=number) for number in range(count, 0, -1)]
+        due = due_now(store, schedule.schedule_id)
+        held = store.schedules.hold(LOCAL_ACCOUNT, schedule.schedule_id)
+        assert store.schedules.pass_over(held, [*moments, due], "missed", "x", next_due_at=now + timedelta(hours=1))
+    kept = partial(run_times, store)
+    store.retention.prune(max_age_s=120 * 86_400.0, max_bytes=None)
+    assert len(kept(many)) == 120 and len(kept(few)) == 51  # younger than 120 days, and the one of just now
+    store.retention.prune(max_age_s=None, max_bytes=None)
+    assert len(kept(many)) == 120
+    newest = kept(many)[:100]
+    store.retention.prune(max_age_s=0, max_bytes=None)
+    assert kept(many) == newest and len(kept(few)) == 51
+    store.retention.prune(max_age_s=0, max_bytes=None)
+    assert kept(many) == newest
+
+
+def run_times(store: Store, schedule: Schedule) -> list[datetime]:
+    """The times of all runs that are kept, the newest first."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("cloudagent_storage.store.schedules.SHOWN_RUNS", 10_000)
+        return [run.due_at for run in runs(store, schedule.schedule_id)]
 
 
 def test_runs_that_are_asked_for_in_one_moment_are_all_kept(store: Store) -> None:

@@ -123,8 +123,8 @@ def test_a_fifo_a_device_a_socket_and_a_folder_in_place_of_a_file_read_as_empty(
 
 
 def test_a_reader_takes_no_more_than_it_asked_for(sandbox: Sandbox) -> None:
-    sandbox.run(["truncate", "--size", "1T", "endless"], timeout_s=20)
-    assert sandbox.read("endless", offset=1 << 39, max_bytes=1000) == bytes(1000)
+    sandbox.run(["truncate", "--size", "16G", "endless"], timeout_s=20)
+    assert sandbox.read("endless", offset=1 << 33, max_bytes=1000) == bytes(1000)
 
 
 def test_deletion_follows_no_symlink_and_minds_no_depth_name_or_permission(
@@ -302,7 +302,7 @@ def test_bubblewrap_itself_runs_without_the_variables_of_the_caller(sandbox: San
 def test_a_bubblewrap_that_makes_no_sandbox_is_passed_over(provider: LocalProvider, tmp_path: Path) -> None:
     assert provider.self_check().startswith("bubblewrap 0.")
     candidates = [("/bin/false", "system"), (str(tmp_path / "absent"), "system"), (find_bubblewrap().path, "the third")]
-    assert LocalProvider(tmp_path / "other", bubblewraps=candidates).self_check().endswith("(the third)")
+    assert LocalProvider(tmp_path / "other", bubblewraps=candidates).self_check().split(";")[0].endswith("(the third)")
 
 
 def test_without_a_working_bubblewrap_nothing_is_made_and_the_remedy_is_named(tmp_path: Path) -> None:

@@ -100,6 +100,19 @@ def test_a_paused_schedule_is_due_again_when_it_is_resumed(api: LocalClient) -> 
     assert resumed["enabled"] and len(resumed["next_due_at"]) == 3
 
 
+@pytest.mark.parametrize("change", [{"enabled": False}, {"cron": "30 4 * * *"}])
+def test_a_change_of_the_times_leaves_a_run_for_the_one_that_nobody_answered(
+    world: World, api: LocalClient, change: dict[str, object]
+) -> None:
+    made = api.call("create_schedule", **NIGHTLY)
+    due_at = due_now(world.app().store, made["schedule_id"])
+    renamed = api.call("update_schedule", schedule_id=made["schedule_id"], name="other")
+    assert renamed["last_runs"] == []
+    (run,) = api.call("update_schedule", schedule_id=made["schedule_id"], **change)["last_runs"]
+    assert (datetime.fromisoformat(run["due_at"]), run["outcome"], run["task_id"]) == (due_at, "skipped", None)
+    assert "before a worker came to it" in run["reason"]
+
+
 def test_a_run_is_a_task_of_the_schedule_at_once(api: LocalClient) -> None:
     made = api.call("create_schedule", **NIGHTLY)
     api.call("update_schedule", schedule_id=made["schedule_id"], enabled=False)

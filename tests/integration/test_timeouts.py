@@ -17,6 +17,7 @@ import psycopg2
 import pytest
 
 from cloudagent_mcp.operations import THREADS
+from cloudagent_mcp.worker import work
 from cloudagent_queue.task_queue import TaskQueue
 from cloudagent_storage.errors import CloudAgentError, DatabaseBusy, DatabaseUnavailable, QueueUnavailable
 from cloudagent_storage.records import LOCAL_ACCOUNT
@@ -169,7 +170,7 @@ def test_a_connection_that_falls_silent_in_the_middle_of_a_statement_is_given_up
     with locked_tasks(store_url):
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(outcome, lambda: store.tasks.get(LOCAL_ACCOUNT, task_id))
-            until(lambda: waits_for_a_lock(store_url), "it waits in the server")
+            until(lambda: waiting_for_locks(store_url), "it waits in the server")
             proxy.mode = "blackhole"
             took, error = asked.result(30)
     assert isinstance(error, DatabaseUnavailable) and took < 10
@@ -231,6 +232,24 @@ def test_a_postgres_without_connections_says_so_at_once_and_workers_keep_theirs(
 
 def test_a_process_has_a_connection_for_every_thread() -> None:
     assert THREADS == CONNECTIONS
+
+
+@on_postgres
+@pytest.mark.parametrize(("concurrency", "connections"), [(320, 40), (8, CONNECTIONS)])
+def test_a_worker_of_many_tasks_has_connections_for_them(
+    world: World, store_url: str, concurrency: int, connections: int
+) -> None:
+    world.environment["DATABASE_URL"] = store_url
+    app = world.app()
+    at_its_end = threading.Event()
+    at_its_end.set()
+    work(app, concurrency=concurrency, stopping=at_its_end)
+    task_id = queued(app.store)
+    with ThreadPoolExecutor(MANY) as pool:
+        with locked_tasks(store_url):
+            calls = [pool.submit(outcome, lambda: app.store.tasks.get(LOCAL_ACCOUNT, task_id)) for _ in range(MANY)]
+            until(lambda: waiting_for_locks(store_url) == connections, "all of them are in use", 8)
+        assert [error for _, error in (call.result(30) for call in calls)] == [None] * MANY
 
 
 @on_postgres
@@ -297,12 +316,13 @@ def locked_tasks(url: str) -> Generator[None]:
         connection.close()
 
 
-def waits_for_a_lock(url: str) -> bool:
+def waiting_for_locks(url: str) -> int:
+    """How many connections do."""
     connection = psycopg2.connect(url)
     try:
         with connection.cursor() as cursor:
             cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
             row = cursor.fetchone()
-            return bool(row and row[0])
+            return row[0] if row else 0
     finally:
         connection.close()

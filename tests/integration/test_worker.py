@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cloudagent_mcp.embedded import ensure_worker, only_worker, running_worker, 
 from cloudagent_mcp.worker import deployment
 from cloudagent_queue import repository
 from cloudagent_queue.lease import Lease
-from cloudagent_queue.sandboxes import open_provider
+from cloudagent_queue.sandboxes import CommandResult, open_provider
 from cloudagent_queue.sweep import kill_orphans, ring_again
 from cloudagent_storage.errors import Busy, LeaseLost
 from cloudagent_storage.records import LOCAL_ACCOUNT, Phase, TaskSpec, TaskStatus
@@ -149,6 +150,37 @@ def test_a_cancel_interrupts_a_long_call_from_the_leases_own_thread(store: Store
         interrupted.clear()
         assert interrupted.wait(10), "again: what was to be interrupted may have begun just now"
         assert lease.signals.cancel_requested
+
+
+def test_a_cancel_that_comes_between_the_clone_and_the_command_of_a_verify_is_not_lost(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = store.tasks.add(LOCAL_ACCOUNT, SPEC).task_id
+    claim = store.tasks.claim(task_id, worker="w", lease_s=60)
+    assert claim is not None
+    sandbox = open_provider("local", data_folder=tmp_path).create(metadata={})
+    interrupted, run = threading.Event(), sandbox.run
+
+    def interrupt() -> None:
+        sandbox.end_processes()
+        interrupted.set()
+
+    def run_and_stand_still(command: Sequence[str], **how: Any) -> CommandResult:
+        done = run(command, **how)
+        if "clone" in command:
+            store.tasks.request_cancel(LOCAL_ACCOUNT, task_id)
+            assert interrupted.wait(20)  # it has come, and found nothing to end
+        return done
+
+    monkeypatch.setattr(sandbox, "run", run_and_stand_still)
+    try:
+        with Lease(store, claim, FAST) as lease, lease.interruptible(interrupt):
+            done = repository.verify(
+                sandbox, input_bundle=None, result_bundle=None, branch="b", command="sleep 600", timeout_s=30
+            )
+        assert interrupted.is_set() and done.exit_code == 137
+    finally:
+        sandbox.kill()
 
 
 def test_there_is_one_embedded_worker_for_a_data_folder(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,9 @@ class Files:
     def read(self, path: str, *, offset: int = 0, max_bytes: int) -> bytes:
         return self.content.get(path, b"")[offset : offset + max_bytes]
 
+    def limits_met(self) -> list[str]:
+        return []
+
 
 def reader(log: bytes) -> tuple[LogReader, Files]:
     files = Files({EVENTS: log})

@@ -155,5 +155,6 @@ def _run_inside(sandbox: Sandbox, action: str, request: dict[str, Any], *, timeo
     if done.exit_code is None:
         raise SandboxError("git did not end in time in the sandbox.")
     if done.exit_code not in (0, NOTHING):
-        raise SandboxError("git failed in the sandbox.", remedy="Is git installed in the sandbox?")
+        why = " ".join(["git failed in the sandbox.", *sandbox.limits_met()])
+        raise SandboxError(why, remedy="Is git installed in the sandbox?")
     return done.exit_code

@@ -143,6 +143,13 @@ class Sandbox(Protocol):
         """The hosts that its processes wanted to reach and may not, each once; empty where nobody can tell."""
         ...
 
+    def limits_met(self) -> Sequence[str]:
+        """What its processes wanted more of than they may have, a sentence each; empty where nobody can tell.
+
+        A command that failed meanwhile has the sentences in its output, too.
+        """
+        ...
+
     def snapshot(self) -> str | None:
         """Keep the sandbox's files as they are, as a template for later ones; None where the provider cannot."""
         ...
@@ -204,11 +211,18 @@ class Entry:
     module: str
     attribute: str
     environment: Sequence[str] = ()
+    on_this_machine: bool = False
+    """Does it keep sandboxes in the data folder?"""
 
 
 _LIFE = ("SANDBOX_TEMPLATE", "SANDBOX_SESSION_MINUTES")
 PROVIDERS: Mapping[str, Entry] = {
-    "local": Entry("cloudagent_queue.sandboxes.local", "LocalProvider"),
+    "local": Entry(
+        "cloudagent_queue.sandboxes.local",
+        "LocalProvider",
+        ("SANDBOX_MEMORY_MB", "SANDBOX_PIDS", "SANDBOX_DISK_MB"),
+        on_this_machine=True,
+    ),
     "novita": Entry(
         "cloudagent_queue.sandboxes.e2b",
         "NovitaProvider",
@@ -219,7 +233,7 @@ PROVIDERS: Mapping[str, Entry] = {
         "E2BProvider",
         ("E2B_API_KEY", "E2B_DOMAIN", "E2B_API_URL", "E2B_SANDBOX_URL", *_LIFE),
     ),
-    "unsafe-process": Entry("cloudagent_queue.sandboxes.local", "UnsafeProcessProvider"),
+    "unsafe-process": Entry("cloudagent_queue.sandboxes.local", "UnsafeProcessProvider", on_this_machine=True),
 }
 
 
@@ -253,9 +267,8 @@ def open_provider(name: str, *, data_folder: Path, env: Mapping[str, str] | None
     """
     entry = entry_of(name)
     factory = getattr(importlib.import_module(entry.module), entry.attribute)
-    if entry.environment:
-        return cast(Provider, factory({name: value for name in entry.environment if (value := (env or {}).get(name))}))
-    return cast(Provider, factory(data_folder / "sandboxes"))
+    own = {name: value for name in entry.environment if (value := (env or {}).get(name))}
+    return cast(Provider, factory(data_folder / "sandboxes", own) if entry.on_this_machine else factory(own))
 
 
 def entry_of(name: str) -> Entry:

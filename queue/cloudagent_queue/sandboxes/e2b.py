@@ -162,6 +162,9 @@ class E2BSandbox:
     def blocked(self) -> Sequence[str]:
         return ()  # the protocol has no way to ask
 
+    def limits_met(self) -> Sequence[str]:
+        return ()
+
     def snapshot(self) -> str | None:
         try:
             made = self._api.about(

@@ -7,6 +7,7 @@ A sandbox is a folder of the host's:
     <id>/output.log      what the started command printed
     <id>/root/           all that the processes inside can write to
     <id>/egress…         where there is a list of hosts that may be reached (see network.py)
+    <id>/groups.json, disk.json    of its limits (see limits.py and disk_watch.py)
 
 Isolation is that of Linux namespaces: the kernel is shared with the host, and so is the network where no such list is
 asked for.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import subprocess
 import sys
@@ -35,6 +35,7 @@ from cloudagent_queue.sandboxes import (
     SandboxInfo,
     SandboxSpec,
     Watched,
+    disk_watch,
     place_of,
     processes,
     safe_files,
@@ -48,6 +49,7 @@ from cloudagent_queue.sandboxes.bubblewrap import (
     socket_filter,
 )
 from cloudagent_queue.sandboxes.egress import parse_rule
+from cloudagent_queue.sandboxes.limits import MB, NO_LIMITS, Groups, Limits
 from cloudagent_queue.sandboxes.network import Network, WayOut
 from cloudagent_storage.errors import SandboxError, SandboxGone, SandboxUnavailable, SandboxUnreachable
 from cloudagent_storage.records import new_id
@@ -60,7 +62,6 @@ NO_SUCH_COMMAND = 127
 """The exit code of a command that cannot be executed, as shells have it."""
 
 _RUN_MARKER = "CLOUDAGENT_RUN"
-_ID = re.compile(r"sbx_[a-z2-7]{26}")
 _ABANDONED_AFTER_S = 3600.0
 _STOP_PATIENCE_S = 2.0
 _LOOK_AGAIN_S = 0.1
@@ -122,6 +123,7 @@ class LocalSandbox(ABC):
         Raises `SandboxError` when `cwd` or `home` is no folder below the root.
         """
         self._check_exists()
+        met_before = self.limits_met()
         deadline = time.monotonic() + timeout_s
         cwd = safe_files.check_folder(self._files, cwd)
         home = self._path_inside(safe_files.check_folder(self._files, home or "home", create=True))
@@ -155,26 +157,33 @@ class LocalSandbox(ABC):
                 self._end_run(run, run_id)
                 child.kill()  # where somebody killed the sandbox meanwhile, its record is gone
                 exit_code = child.wait()
+                if not self._folder.exists():
+                    self._remove_groups()  # nobody else knows of them any more
                 ended = run.read()
                 run.remove()
             output.drain()
+        text = output.text()
+        if exit_code != 0 and (met := [line for line in self.limits_met() if line not in met_before]):
+            text = "\n".join([text, *met])
         if not in_time:
-            return CommandResult(exit_code=None, output=output.text())
+            return CommandResult(exit_code=None, output=text)
         if not self._began(ended):
             self._check_exists()
             # Nothing of the sandbox's ran, so these are the words of bubblewrap.
             if not output.text().startswith("bwrap: execvp "):
                 raise SandboxError("The command could not be started in the sandbox.")
             exit_code = NO_SUCH_COMMAND
-        return CommandResult(exit_code=exit_code if exit_code >= 0 else 128 - exit_code, output=output.text())
+        return CommandResult(exit_code=exit_code if exit_code >= 0 else 128 - exit_code, output=text)
 
     def output(self, *, max_bytes: int = 40_000) -> bytes:
-        """The end of what the started command printed. Untrusted."""
+        """The end of what the started command printed, and the limits that it ran into. Untrusted."""
+        met = "".join(f"\n{line}" for line in self.limits_met()).encode()[:max_bytes]
         try:
             with open(self._folder / "output.log", "rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - max_bytes))
-                return file.read(max_bytes)
+                room = max_bytes - len(met)
+                file.seek(max(0, size - room))
+                return file.read(room) + met
         except FileNotFoundError:
             self._check_exists()
             return b""
@@ -202,6 +211,9 @@ class LocalSandbox(ABC):
     def blocked(self) -> Sequence[str]:
         return ()
 
+    def limits_met(self) -> Sequence[str]:
+        return ()
+
     def snapshot(self) -> str | None:
         return None
 
@@ -212,9 +224,12 @@ class LocalSandbox(ABC):
     def kill(self) -> None:
         self._end_all()
         self._end_proxy()
+        # Before the folder, which says where they are; and once more for a command that was just being started.
+        self._remove_groups()
         gone = self._folder.with_name(f".gone_{self.id}")
         with suppress(FileNotFoundError):
             self._folder.rename(gone)
+            self._remove_groups(gone)
         # From here on nobody finds it; what a crash or a failing disk leaves of it is removed by `list`.
         with suppress(OSError):
             safe_files.remove_tree(gone)
@@ -256,6 +271,10 @@ class LocalSandbox(ABC):
         """End what lives outside for this sandbox alone."""
         return
 
+    def _remove_groups(self, moved_to: Path | None = None) -> None:
+        """Remove what limits its processes; also from where its folder was moved to."""
+        return
+
     def _environment(self, env: Mapping[str, str], *, home: str) -> dict[str, str]:
         whole = {
             "PATH": SANDBOX_PATH,
@@ -284,8 +303,12 @@ class BubblewrapSandbox(LocalSandbox):
     With a list of hosts, a network namespace, too.
     """
 
-    def __init__(self, folder: Path, bubblewrap: Callable[[], Bubblewrap], *, egress: Sequence[str] | None) -> None:
+    def __init__(
+        self, folder: Path, bubblewrap: Callable[[], Bubblewrap], *, egress: Sequence[str] | None, limits: Limits
+    ) -> None:
         super().__init__(folder)
+        self._limits = limits
+        self._groups = Groups(folder, limits)
         self.root = INSIDE_ROOT
         self._bubblewrap = bubblewrap
         self._network = None if egress is None else Network(folder, egress, marker=self.id)
@@ -294,9 +317,25 @@ class BubblewrapSandbox(LocalSandbox):
         self._check_exists()
         return () if self._network is None else self._network.blocked()
 
+    def limits_met(self) -> Sequence[str]:
+        ended = disk_watch.said_of(self._folder)
+        return [*self._groups.met(), *([] if ended is None else [ended])]
+
     def _end_proxy(self) -> None:
         if self._network is not None:
             self._network.end()
+
+    def _remove_groups(self, moved_to: Path | None = None) -> None:
+        self._groups.remove(moved_to)
+
+    def _confine(self) -> processes.Confinement:
+        """Raises OSError, and `SandboxGone` when it was deleted meanwhile."""
+        disk_watch.ensure(self._folder.parent)
+        groups = self._groups.make()
+        if not self._folder.is_dir():  # whoever deletes it looks for groups once more after this
+            self._groups.remove()
+            raise SandboxGone
+        return processes.Confinement(groups, file_bytes=self._limits.disk_mb * MB)
 
     def stop(self) -> None:
         # The first process of a pid namespace ignores SIGTERM and passes nothing on: the command must get it itself.
@@ -332,6 +371,7 @@ class BubblewrapSandbox(LocalSandbox):
     ) -> subprocess.Popen[bytes]:
         if way_out is not None:
             env, command = way_out.environment(env), way_out.wrap(command, python=self.python)
+        command = self._limits.wrap(command, python=self.python)
         uid, gid = os.geteuid(), os.getegid()
         user = "root" if uid == 0 else "agent"
         passwd = f"{user}:x:{uid}:{gid}::{self._path_inside('home')}:/bin/sh\n"
@@ -360,6 +400,7 @@ class BubblewrapSandbox(LocalSandbox):
                     [self._bubblewrap().path, "--args", str(file), "--", *command],
                     env={processes.MARKER: self.id, "LANG": "C.UTF-8"},
                     output=output,
+                    confinement=self._confine(),
                     keep_open=(
                         *(file, record.file, record.lock, users, groups),
                         *(() if way_out is None else (sockets, way_out.control)),
@@ -407,8 +448,9 @@ class _FolderProvider(ABC):
     session_cap_s: float | None = None
     template: str | None = None
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, limits: Limits = NO_LIMITS) -> None:
+        self._folder = folder.absolute()
+        self._limits = limits
 
     @property
     def place(self) -> str:
@@ -423,6 +465,7 @@ class _FolderProvider(ABC):
             "created": datetime.now(UTC).isoformat(),
             "metadata": dict(metadata),
             "egress": egress,
+            "limits": self._limits.as_dict(),
         }
         # Renamed when complete, so that a folder of a sandbox's name always has its metadata.
         fresh = self._folder / f".new_{sandbox_id}"
@@ -431,7 +474,7 @@ class _FolderProvider(ABC):
             fresh.mkdir(mode=0o700)
             (fresh / "root").mkdir(mode=0o700)
             (fresh / "meta.json").write_text(json.dumps(about))
-            return self._sandbox(fresh.rename(self._folder / sandbox_id), egress)
+            return self._sandbox(fresh.rename(self._folder / sandbox_id), about)
         except OSError as error:
             raise SandboxUnavailable(
                 "The data folder takes no new sandbox.",
@@ -439,19 +482,19 @@ class _FolderProvider(ABC):
             ) from error
 
     def connect(self, sandbox_id: str) -> LocalSandbox:
-        about = self._about(self._folder / sandbox_id) if _ID.fullmatch(sandbox_id) else None
+        about = self._about(self._folder / sandbox_id) if disk_watch.SANDBOX_ID.fullmatch(sandbox_id) else None
         if about is None:
             raise SandboxGone
         if about["provider"] != self.name:
             raise SandboxUnreachable("The sandbox belongs to another provider.")
-        return self._sandbox(self._folder / sandbox_id, about.get("egress"))
+        return self._sandbox(self._folder / sandbox_id, about)
 
     def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
         found: list[SandboxInfo] = []
         if not self._folder.is_dir():
             return found
         for folder in sorted(self._folder.iterdir()):
-            if not _ID.fullmatch(folder.name):
+            if not disk_watch.SANDBOX_ID.fullmatch(folder.name):
                 _remove_abandoned(folder)
             elif (about := self._about(folder)) and about["provider"] == self.name:
                 if metadata.items() <= about["metadata"].items():
@@ -465,7 +508,7 @@ class _FolderProvider(ABC):
     def self_check(self) -> str: ...
 
     @abstractmethod
-    def _sandbox(self, folder: Path, egress: Sequence[str] | None) -> LocalSandbox: ...
+    def _sandbox(self, folder: Path, about: Mapping[str, Any]) -> LocalSandbox: ...
 
     def _check_egress(self, egress: Sequence[str]) -> list[str] | None:
         """The list as it will be kept; None where none can be. Raises `InvalidEgress` and `SandboxUnavailable`."""
@@ -482,15 +525,22 @@ class LocalProvider(_FolderProvider):
 
     name = "local"
 
-    def __init__(self, folder: Path, *, bubblewraps: Sequence[tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+        *,
+        bubblewraps: Sequence[tuple[str, str]] | None = None,
+    ) -> None:
         """`bubblewraps` are the programs to try, as (path, origin); left out, the system's and the bundled one."""
-        super().__init__(folder.absolute())
+        super().__init__(folder, Limits.read(env or {}))
         self._candidates = bubblewraps
         self._found: Bubblewrap | None = None
 
     def self_check(self) -> str:
         found = self._bubblewrap()
-        return found.description if found.own_network else f"{found.description}; cannot limit which hosts are reached"
+        hosts = "" if found.own_network else "; cannot limit which hosts are reached"
+        return f"{found.description}{hosts}; {self._limits.description()}"
 
     def _bubblewrap(self) -> Bubblewrap:
         if self._found is None:
@@ -506,8 +556,9 @@ class LocalProvider(_FolderProvider):
             )
         return super()._check_egress(egress)
 
-    def _sandbox(self, folder: Path, egress: Sequence[str] | None) -> LocalSandbox:
-        return BubblewrapSandbox(folder, self._bubblewrap, egress=egress)
+    def _sandbox(self, folder: Path, about: Mapping[str, Any]) -> LocalSandbox:
+        limits = Limits.kept(about)
+        return BubblewrapSandbox(folder, self._bubblewrap, egress=about.get("egress"), limits=limits)
 
 
 class UnsafeProcessProvider(_FolderProvider):
@@ -515,8 +566,9 @@ class UnsafeProcessProvider(_FolderProvider):
 
     name = "unsafe-process"
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder.absolute())
+    def __init__(self, folder: Path, env: Mapping[str, str] | None = None) -> None:
+        """No variable has a meaning here."""
+        super().__init__(folder)
 
     def self_check(self) -> str:
         if sys.platform != "linux":
@@ -530,7 +582,7 @@ class UnsafeProcessProvider(_FolderProvider):
         super()._check_egress(egress)
         return None
 
-    def _sandbox(self, folder: Path, egress: Sequence[str] | None) -> LocalSandbox:
+    def _sandbox(self, folder: Path, about: Mapping[str, Any]) -> LocalSandbox:
         return UnsafeProcessSandbox(folder)
 
 

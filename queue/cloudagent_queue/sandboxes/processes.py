@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +44,7 @@ _LOCK_PATIENCE_S = 1.0
 # Runs between fork and the program: limits and signals cannot be set safely in the child of a process with threads.
 # Python ignores SIGPIPE, and the worker may ignore or block more; nothing of that may reach an agent.
 _LAUNCHER = """
-import os, resource, signal, sys
+import json, os, resource, signal, sys
 for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
     try:
         signal.signal(number, signal.SIG_DFL)
@@ -55,19 +55,42 @@ resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 files = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
 resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+confinement = json.loads(sys.argv[2])
+if confinement is not None:
+    try:
+        for group in confinement["groups"]:
+            with open(group, "w") as procs:
+                procs.write("0")
+        with open("/proc/self/oom_score_adj", "w") as score:
+            score.write("500")
+        if confinement["file_bytes"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (confinement["file_bytes"],) * 2)
+    except (OSError, ValueError) as error:
+        print(f"The limits of the sandbox could not be set: {error}", flush=True)
+        os._exit(126)
 files = [int(file) for file in sys.argv[1].split(",") if file]
 if files:
     os.write(files[0], b'{"child-pid": %d}\\n' % os.getpid())
 for file in files:
     os.close(file)
 try:
-    os.execvp(sys.argv[2], sys.argv[2:])
+    os.execvp(sys.argv[3], sys.argv[3:])
 except OSError as error:
-    print(f"{sys.argv[2]}: {error.strerror}", flush=True)
+    print(f"{sys.argv[3]}: {error.strerror}", flush=True)
     os._exit(127)
 """
 
 _children: set[subprocess.Popen[bytes]] = set()
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """What limits a launched program and all that it starts. Where memory is short, the kernel ends those first."""
+
+    groups: Sequence[str]
+    """The `cgroup.procs` of control groups that it enters."""
+    file_bytes: int
+    """The largest file that it may write; 0 is any."""
 
 
 def launch(
@@ -78,11 +101,16 @@ def launch(
     cwd: Path | str = "/",
     write_pid_to: OpenRecord | None = None,
     keep_open: Sequence[int] = (),
+    confinement: Confinement | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a program in a session of its own, without input, core dumps or inherited signal handling."""
     record = [] if write_pid_to is None else [write_pid_to.file, write_pid_to.lock]
+    arguments = [
+        ",".join(str(file) for file in record),
+        json.dumps(None if confinement is None else asdict(confinement)),
+    ]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _LAUNCHER, ",".join(str(file) for file in record), *command],
+        [sys.executable, "-I", "-S", "-c", _LAUNCHER, *arguments, *command],
         env=env,
         cwd=cwd,
         stdin=subprocess.DEVNULL,

@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +19,8 @@ from cloudagent_storage.errors import SandboxError, SandboxGone, SandboxUnreacha
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO, or a file on which the agent holds a lease, must not make the host wait.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_DEEPEST = 500
+"""Folders in folders; also how many descriptors are held at once."""
 _NOT_A_READABLE_FILE = frozenset(
     {
         errno.ENOENT,
@@ -114,6 +116,52 @@ def remove_tree(folder: Path) -> None:
         finally:
             os.close(top)
         os.rmdir(folder)
+
+
+def size_of(folder: Path) -> int | None:
+    """The bytes on the disk of all that is in a folder; None where it is nested deeper than anyone in good faith would.
+
+    The agent may be at work in it. What is under way may be counted or not; a hard link counts once.
+    """
+    size, linked = 0, set[tuple[int, int]]()
+    stack: list[tuple[int, Iterator[str]]] = []
+    try:
+        with suppress(FileNotFoundError):
+            top = os.open(folder, _FOLDER)
+            stack.append((top, iter(os.listdir(top))))
+        while stack:
+            above, names = stack[-1]
+            if (name := next(names, None)) is None:
+                os.close(stack.pop()[0])
+                continue
+            try:
+                seen = os.stat(name, dir_fd=above, follow_symlinks=False)
+                if seen.st_nlink > 1 and not stat.S_ISDIR(seen.st_mode):
+                    if (seen.st_dev, seen.st_ino) in linked:
+                        continue
+                    linked.add((seen.st_dev, seen.st_ino))
+                size += seen.st_blocks * 512
+                if not stat.S_ISDIR(seen.st_mode):
+                    continue
+                if len(stack) == _DEEPEST:
+                    return None
+                inside = _open_anyway(above, name)
+                stack.append((inside, iter(os.listdir(inside))))
+            except OSError:
+                continue  # gone, or something else by now
+        return size
+    finally:
+        for opened, _ in stack:
+            os.close(opened)
+
+
+def _open_anyway(above: int, name: str) -> int:
+    """A folder, which is made readable for its owner if it is not: else anything could be hidden in it."""
+    try:
+        return os.open(name, _FOLDER, dir_fd=above)
+    except PermissionError:
+        _permit(above, name)
+        return os.open(name, _FOLDER, dir_fd=above)
 
 
 def _empty_into(top: int, name: str) -> None:

@@ -46,13 +46,14 @@ class Store:
         self.templates = Templates(database)
 
     @classmethod
-    def open(cls, url: str, *, patience: Patience = PATIENT) -> Store:
+    def open(cls, url: str, *, patience: Patience = PATIENT, connections: int = CONNECTIONS) -> Store:
         """The store at `sqlite:////absolute/path.db` or `postgresql://…`; nothing is connected to yet.
 
-        `patience` is how long its calls wait: `BRIEF` where people wait for the answer.
+        `patience` is how long its calls wait: `BRIEF` where people wait for the answer. `connections` is how
+        many it has at most; they are opened when they are first needed.
         Raises `DatabaseUnavailable` when the address is of neither kind.
         """
-        return cls(Database(url, patience=patience))
+        return cls(Database(url, patience=patience, connections=connections))
 
     def migrate(self) -> None:
         """Bring the tables up to date. Any number of processes may do so at once; one works, the others wait."""

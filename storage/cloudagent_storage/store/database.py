@@ -26,7 +26,7 @@ from cloudagent_storage.tables import Tables
 log = logging.getLogger(__name__)
 
 CONNECTIONS = 20
-"""Per process. A connection is held for one transaction, so that many more threads can share them."""
+"""Per process, unless it asks for more. One is held for a single transaction, so that many more threads share them."""
 MIGRATE_WAIT_S = 120
 """The longest wait for another process that migrates."""
 CHANNEL = "cloudagent_tasks"
@@ -65,7 +65,7 @@ class Database:
     Raises `DatabaseUnavailable` for an address that is neither SQLite's nor Postgres's.
     """
 
-    def __init__(self, url: str, *, patience: Patience = PATIENT) -> None:
+    def __init__(self, url: str, *, patience: Patience = PATIENT, connections: int = CONNECTIONS) -> None:
         self.file: Path | None = None
         """SQLite's; None on Postgres."""
         self._reserve: Reserve | None = None
@@ -74,7 +74,7 @@ class Database:
             self._reserve = Reserve(self.file.with_name("reserve"))
             self._peewee: Any = PooledSqliteDatabase(
                 str(self.file),
-                max_connections=CONNECTIONS,
+                max_connections=connections,
                 timeout=patience.pool_s,
                 autoconnect=False,
                 # A transaction that reads first and writes later fails at once when another has written in between.
@@ -102,7 +102,7 @@ class Database:
             self._peewee = PatientPool(
                 given.pop("dbname", None) or given.get("user") or "postgres",
                 patience=patience,
-                max_connections=CONNECTIONS,
+                max_connections=connections,
                 autoconnect=False,
                 **{**KEEPALIVE, **given, "options": " ".join(options).strip()},
             )

@@ -1,4 +1,4 @@
-"""What of finished tasks is kept, and for how long.
+"""What of finished tasks, and of the runs of schedules, is kept, and for how long.
 
 A task's row stays for ever; its log and blobs, which are a thousand times larger, do not. It happens in three steps, so
 that each transaction is short and a crash between any two costs nothing: a finished task is measured, once in its life;
@@ -23,6 +23,8 @@ LINES_AT_ONCE = 2000
 """How many lines of a log one transaction deletes: some tens of milliseconds."""
 PAGES_AT_ONCE = 1000
 """How many pages of SQLite's file one transaction gives back."""
+RUNS_KEPT = 100
+"""So many of a schedule's runs stay, however old they are."""
 KEY_AGE_S = 7 * 86_400.0
 """How long a submit may be repeated with its idempotency key."""
 
@@ -39,7 +41,8 @@ class Retention:
 
         Those that ended longer than `max_age_s` ago do; then, account by account, the oldest, until what is left of the
         account's finished tasks is at most `max_bytes` as the database keeps it. None is without limit. Idempotency
-        keys older than `KEY_AGE_S` are forgotten. `go_on` is asked between any two transactions.
+        keys older than `KEY_AGE_S` are forgotten, and runs of schedules older than `max_age_s`, but for the newest
+        `RUNS_KEPT` of each schedule. `go_on` is asked between any two transactions.
         """
         expired = 0
         while go_on() and self._measure():
@@ -47,6 +50,9 @@ class Retention:
         if max_age_s is not None:
             while go_on() and (count := self._expire_old(max_age_s)):
                 expired += count
+            for schedule_id in self._schedules():
+                while go_on() and self._forget_runs(schedule_id, max_age_s):
+                    pass
         if max_bytes is not None:
             for account_id in self._accounts():
                 while go_on() and (count := self._expire_oldest(account_id, max_bytes)):
@@ -143,6 +149,25 @@ class Retention:
             messages.delete().where(messages.task_id == task.task_id).execute()
             rows.update(kept_bytes=0, config=None).where(rows.task_id == task.task_id).execute()
             return True
+
+    def _schedules(self) -> list[str]:
+        rows = self._db.tables.schedules
+        with self._db.reading():
+            return [row.schedule_id for row in rows.select(rows.schedule_id)]
+
+    def _forget_runs(self, schedule_id: str, max_age_s: float) -> bool:
+        """Delete some of a schedule's old runs; False when there are no more."""
+        runs = self._db.tables.schedule_runs
+        mine = runs.schedule_id == schedule_id
+        with self._db.writing():
+            kept = runs.select(runs.due_at).where(mine).order_by(runs.due_at.desc()).offset(RUNS_KEPT - 1).first()
+            if kept is None:
+                return False
+            old = mine & (runs.due_at < kept.due_at) & (runs.due_at < self._db.later(-max_age_s))
+            oldest = list(runs.select(runs.due_at).where(old).order_by(runs.due_at).limit(LINES_AT_ONCE))
+            if oldest:
+                runs.delete().where(mine, runs.due_at <= oldest[-1].due_at).execute()
+            return len(oldest) == LINES_AT_ONCE
 
     def _forget_keys(self) -> int:
         rows = self._rows

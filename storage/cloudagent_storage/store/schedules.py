@@ -32,6 +32,7 @@ from cloudagent_storage.store.tasks import Tasks
 from cloudagent_storage.tables import ScheduleRow, ScheduleRunRow
 
 SHOWN_RUNS = 10
+CHANGED_BEFORE = "The schedule was paused, or given other times, before a worker came to it."
 SCHEDULE_ID = re.compile(r"sch_[a-z2-7]{26}")
 
 
@@ -110,8 +111,14 @@ class Schedules:
             page = mine.order_by(rows.created_at, rows.schedule_id).limit(limit).offset(offset)
             return ScheduleList(schedules=tuple(self._schedule_of(row) for row in list(page)), total=total)
 
-    def change(self, held: HeldSchedule, **changes: Unpack[ScheduleChanges]) -> Schedule | None:
-        """Change a schedule; None when it is another since it was looked at. Raises `ScheduleNotFound`."""
+    def change(
+        self, held: HeldSchedule, *, overdue: Sequence[datetime] = (), **changes: Unpack[ScheduleChanges]
+    ) -> Schedule | None:
+        """Change a schedule; None when it is another since it was looked at. Raises `ScheduleNotFound`.
+
+        `overdue` are its due times up to the look, of which `held.due_at` is the first, if the change does away with
+        them: nobody will answer them any more, so that they are skipped here.
+        """
         columns: dict[str, Any] = dict(changes)
         if "spec" in changes:
             columns["spec"] = json_of(changes["spec"])
@@ -120,6 +127,11 @@ class Schedules:
             # A due time may have been answered meanwhile; only what was decided by the earlier one is decided anew.
             if row.revision != held.revision or ("next_due_at" in changes and row.next_due_at != held.due_at):
                 return None
+            if "next_due_at" in changes and row.next_due_at is not None:
+                # It may have become due since the look.
+                passed = row.next_due_at <= self._db.read_clock()
+                for moment in overdue or ([row.next_due_at] if passed else []):
+                    self._add_run(held, moment, "skipped", reason=CHANGED_BEFORE)
             self._update(row.schedule_id, revision=row.revision + 1, updated_at=self._db.now, **columns)
             return self._schedule_of(self._find(held.account_id, held.schedule.schedule_id))
 
