@@ -12,7 +12,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,3 +210,16 @@ def _answer(command: Sequence[str]) -> str | None:
     """What a command prints, or None when it fails."""
     done = subprocess.run(command, env={}, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
     return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
+
+
+@contextmanager
+def in_memory(content: str | bytes) -> Generator[int]:
+    """An open file that is on no disk."""
+    file = os.memfd_create("cloudagent", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(file, "wb", closefd=False) as stream:
+            stream.write(os.fsencode(content))
+        os.lseek(file, 0, os.SEEK_SET)
+        yield file
+    finally:
+        os.close(file)

@@ -43,6 +43,7 @@ from cloudagent_queue.sandboxes import (
 from cloudagent_queue.sandboxes.bubblewrap import (
     Bubblewrap,
     find_bubblewrap,
+    in_memory,
     isolation,
     library_path,
     own_network,
@@ -376,9 +377,9 @@ class BubblewrapSandbox(LocalSandbox):
         user = "root" if uid == 0 else "agent"
         passwd = f"{user}:x:{uid}:{gid}::{self._path_inside('home')}:/bin/sh\n"
         with (
-            _in_memory(passwd) as users,
-            _in_memory(f"{user}:x:{gid}:\n") as groups,
-            _in_memory(socket_filter() or b"") as sockets,
+            in_memory(passwd) as users,
+            in_memory(f"{user}:x:{gid}:\n") as groups,
+            in_memory(socket_filter() or b"") as sockets,
         ):
             arguments = [
                 *isolation(hidden=self._folder.parent.parent),
@@ -395,7 +396,7 @@ class BubblewrapSandbox(LocalSandbox):
                 arguments += ["--setenv", name, value]
             # Through a descriptor: process lists are public. bubblewrap itself runs without the caller's variables,
             # which could make the host's loader load something.
-            with _in_memory("".join(f"{argument}\0" for argument in arguments)) as file:
+            with in_memory("".join(f"{argument}\0" for argument in arguments)) as file:
                 return processes.launch(
                     [self._bubblewrap().path, "--args", str(file), "--", *command],
                     env={processes.MARKER: self.id, "LANG": "C.UTF-8"},
@@ -592,16 +593,3 @@ def _remove_abandoned(folder: Path) -> None:
         with suppress(OSError):
             if time.time() - folder.lstat().st_ctime > _ABANDONED_AFTER_S:
                 safe_files.remove_tree(folder)
-
-
-@contextmanager
-def _in_memory(content: str | bytes) -> Generator[int]:
-    """An open file that is on no disk."""
-    file = os.memfd_create("cloudagent", os.MFD_CLOEXEC)
-    try:
-        with os.fdopen(file, "wb", closefd=False) as stream:
-            stream.write(os.fsencode(content))
-        os.lseek(file, 0, os.SEEK_SET)
-        yield file
-    finally:
-        os.close(file)
