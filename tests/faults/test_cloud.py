@@ -235,12 +235,12 @@ def test_a_task_for_which_nobody_has_a_sandbox_waits_and_goes_on_by_itself(
 def test_twenty_tasks_do_not_hammer_a_provider_that_is_sick(on_e2b: Installation, cloud: E2bServer) -> None:
     sick = cloud.fault("answer", CREATE, method="POST", status=503, count=None)
     before = asked_to_create(cloud)
-    on_e2b.start_worker(hook=f"{__name__}:impatient", concurrency=4)
+    on_e2b.start_worker(hook=f"{__name__}:impatient", concurrency=2)
     first, *others = on_e2b.submit_many(20, steps=1)
     until(lambda: all(on_e2b.attempts(task) for task in (first, *others)), "each has had its turn", 60)
-    until(lambda: on_e2b.attempts(first) >= 3, "and again", 60)
-    # Those of four threads that came at once, and one after each of ever longer pauses.
-    assert 2 <= sick.fired == asked_to_create(cloud) - before <= 9
+    until(lambda: on_e2b.attempts(first) >= 2, "and again", 60)
+    # Those of two threads that came at once, and one after each of ever longer pauses.
+    assert 1 <= sick.fired == asked_to_create(cloud) - before <= 6
     cloud.heal()
     for task in others:
         on_e2b.store.tasks.request_cancel(LOCAL_ACCOUNT, task)
