@@ -48,9 +48,17 @@ def test_it_is_given_the_time_that_it_asks_for_within_reason(circuit: Circuit) -
 def test_after_a_pause_one_task_alone_tries_it(circuit: Circuit, clock: Clock) -> None:
     clock.now += circuit.refused("e2b") + 1
     assert circuit.wait_s("e2b") == 0
-    assert circuit.wait_s("e2b") == pytest.approx(TRIAL_S)
+    assert circuit.wait_s("e2b") == FIRST_S
     circuit.succeeded("e2b")
     assert circuit.wait_s("e2b") == circuit.wait_s("e2b") == 0
+
+
+def test_many_that_are_refused_at_once_are_one_refusal(circuit: Circuit, clock: Clock) -> None:
+    first = circuit.refused("e2b")
+    assert [circuit.refused("e2b") for _ in range(5)] == [pytest.approx(first)] * 5
+    clock.now += first + 1
+    assert circuit.wait_s("e2b") == 0
+    assert circuit.refused("e2b") > 1.5 * FIRST_S, "but a refused trial is another"
 
 
 def test_a_trial_that_never_ends_is_repeated(circuit: Circuit, clock: Clock) -> None:
