@@ -216,9 +216,10 @@ class Schedules:
     def _task_changes(self, caller: Caller, held: HeldSchedule, task: Mapping[str, Any]) -> ScheduleChanges:
         stored = held.schedule.task
         given = {
-            name: value for name, value in stored.model_dump().items() if name in self._task_arguments.model_fields
+            name: value
+            for name, value in stored.model_dump(mode="json").items()
+            if name in self._task_arguments.model_fields
         }
-        given["tags"] = list(stored.tags)
         if stored.title == title_of(stored.prompt):
             del given["title"]  # it follows the prompt
         merged = {name: value for name, value in {**given, **task}.items() if value is not None}
