@@ -100,6 +100,7 @@ def test_a_sandbox_and_a_process_that_nobody_owns_are_found(make_installation: C
     (provider,) = (installation.home() and installation.providers()).values()
     sandbox = provider.create(metadata={"task": "task_none"})
     sandbox.start(["sleep", "60"], env={})
+    until(lambda: leftover_processes(installation), "its environment can be read")
     with pytest.raises(AssertionError, match=r"(?s)a process left over: .*a sandbox left over") as found:
         installation.check()
     assert sandbox.id in str(found.value)

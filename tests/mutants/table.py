@@ -528,7 +528,7 @@ MUTANTS = (
     Mutant(
         "who_talks_is_not_stopped",
         f"{QUEUE}/attempt.py",
-        "if not alive and (why is None or ",
+        "if over and (why is None or ",
         "if True or (why is None or ",
         (
             "tests/faults/test_endings.py"
