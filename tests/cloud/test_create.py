@@ -23,7 +23,9 @@ PAGE = "<html><h1>404 Not Found</h1><hr>nginx</html>"
 def test_a_create_says_what_the_sandbox_is_to_be(server: E2bServer, provider: E2BProvider) -> None:
     open_box = provider.create(metadata={"task": "é ü"})
     closed = provider.create(SandboxSpec(egress=()), metadata={})
-    some = provider.create(SandboxSpec(egress=("packages.example.org", "api.example.com:8443", "*.example.net")), metadata={})
+    some = provider.create(
+        SandboxSpec(egress=("pkg.example.org", "api.example.com:8443", "*.example.net")), metadata={}
+    )
     asked = server.sandbox(open_box.id)["asked"]
     assert asked["timeout"] == 3600
     assert asked["metadata"]["task"] == "é ü"
@@ -32,7 +34,7 @@ def test_a_create_says_what_the_sandbox_is_to_be(server: E2bServer, provider: E2
     assert not asked.get("envVars")
     assert server.sandbox(closed.id)["asked"]["allow_internet_access"] is False
     network = server.sandbox(some.id)["asked"]["network"]
-    assert sorted(network["allowOut"]) == ["*.example.net", "api.example.com", "packages.example.org"]
+    assert sorted(network["allowOut"]) == ["*.example.net", "api.example.com", "pkg.example.org"]
     assert network["denyOut"] == ["0.0.0.0/0"]
     assert open_box.resources is not None and (open_box.resources.cpus, open_box.resources.memory_mb) == (2, 512)
     assert [info.metadata for info in provider.list({"task": "é ü"})] == [{"task": "é ü"}]
