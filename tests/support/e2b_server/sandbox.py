@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import shutil
@@ -115,11 +116,13 @@ class Isolated:
         """Stop every process in there."""
         for _ in range(3):  # those that were started meanwhile, too
             for process in self._processes():
-                process.send_signal(signal.SIGSTOP)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         for process in self._processes():
-            process.send_signal(signal.SIGCONT)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
 
     async def copy_home(self, target: Path) -> None:
         """A copy of its files as they are at one moment."""
