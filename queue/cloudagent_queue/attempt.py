@@ -150,7 +150,7 @@ class Attempt(Placement):
 
     def follow(self) -> Ending:
         """Read the agent's log into the store until the agent ends, or has to be ended."""
-        reader = self.reader = LogReader(self.log_offset, self.redactor)
+        reader = LogReader(self.log_offset, self.redactor)
         limit_s = self.spec.timeout_minutes * 60
         if self.phase in (Phase.SAVE, Phase.VERIFY):
             # It had ended when an earlier attempt died; what it was stopped for, if it was, is still so.

@@ -12,7 +12,7 @@ from typing import NoReturn
 from cloudagent_queue import repository
 from cloudagent_queue.agents import open_agent
 from cloudagent_queue.allowed_hosts import check_asked, egress_for
-from cloudagent_queue.follow import Ending, LogReader, read_result
+from cloudagent_queue.follow import Ending, read_result
 from cloudagent_queue.lease import Lease
 from cloudagent_queue.redact import Redactor
 from cloudagent_queue.sandboxes import Provider, Sandbox, SandboxSpec
@@ -94,7 +94,6 @@ class Placement:
         self.provider: Provider | None = None
         """The one that the sandbox is from."""
         self.sandbox: Sandbox | None = None
-        self.reader: LogReader | None = None
         self.agent_has_run = claim.running_seconds > 0
         """In whatever sandbox."""
         self.agent_is_here = False
