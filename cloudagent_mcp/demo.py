@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import anyio
+from anyio.from_thread import start_blocking_portal
 from mcp import Client, StdioServerParameters
 from mcp.types import TextContent
 from rich.rule import Rule as Line
@@ -118,7 +119,9 @@ def demo(settings: Settings, *, unsafe_process: bool, keep: bool) -> int:
         server = StdioServerParameters(
             command=sys.executable, args=["-m", "cloudagent_mcp", "mcp"], env=env, cwd=repository
         )
-        code = anyio.run(_show, server, repository, settings)
+        # In a thread of its own: an interrupt that is raised in an event loop may be taken for a library's own failure.
+        with start_blocking_portal() as portal:
+            code = portal.start_task_soon(_show, server, repository, settings).result()
     if code == 0:
         _say_what_is_next()
     return code
