@@ -65,8 +65,10 @@ def test_a_consumer_that_does_not_let_go_is_reported_after_the_grace(url: str) -
     queue = TaskQueue(url)
     queue.put("task_stuck")
     stopping, release = threading.Event(), threading.Event()
+    stuck: list[threading.Thread] = []
 
     def run(task_id: str) -> None:
+        stuck.append(threading.current_thread())
         stopping.set()
         release.wait(20)
 
@@ -74,6 +76,7 @@ def test_a_consumer_that_does_not_let_go_is_reported_after_the_grace(url: str) -
     assert not queue.consume(run, concurrency=1, stopping=stopping, grace_s=0.2)
     assert time.monotonic() - started < 10
     release.set()
+    stuck[0].join(20)  # it would open the queue's file again
     queue.close()
 
 

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CONTROL_S = 15.0
+"""For writing a request, and again for reading its answer: a service that is silent is given up after both."""
 CREATE_S = 60.0
 KILL_S = 10.0
 LOOK_FOR_S = 15.0
