@@ -1,0 +1,326 @@
+"""The tasks extension, over HTTP with two server processes, and for those who do not declare it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import anyio
+import httpx2
+import pytest
+from mcp import Client
+from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
+from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CallToolResult, Result
+
+from cloudagent_mcp.agent_tasks import DECLINED, AgentTasks
+from cloudagent_mcp.api_keys import create_key
+from cloudagent_mcp.operations import Caller, Operation, operation, operations_of
+from cloudagent_mcp.server import mcp_server
+from cloudagent_mcp.settings import Settings
+from cloudagent_storage.records import EventDraft, TaskError, TaskStatus
+from tests.support.installation import ADMIN_KEY, Installation
+from tests.support.stored import claimed, queued
+from tests.support.wire import TASKS, Wire
+from tests.support.worlds import World, until
+
+pytestmark = pytest.mark.anyio
+
+ASKED = {"prompt": "x", "repository": "none"}
+FAILED = TaskError(code="agent_error", message="It broke.", remedy="Try again.")
+
+
+class Handle(Result):
+    task_id: str
+    status: str
+
+
+class HoldsTasks(ClientExtension):
+    """A client that polls, as the specification asks of it."""
+
+    identifier = TASKS
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+
+    def claims(self) -> Sequence[ResultClaim[Any]]:
+        return [ResultClaim(result_type="task", model=Handle, resolve=self._resolve)]
+
+    async def _resolve(self, handle: Handle, ctx: ClaimContext) -> CallToolResult:
+        self.held.append(handle.task_id)
+        raise NotImplementedError
+
+
+def end(installation: Installation, task_id: str, status: TaskStatus, error: TaskError | None = None) -> None:
+    claim = claimed(installation.store, task_id)
+    installation.store.tasks.finish(task_id, claim.attempt, status=status, error=error)
+
+
+@pytest.mark.parametrize("tool", ["submit_task", "delegate"])
+async def test_a_call_answers_with_a_handle_that_every_server_knows(installation: Installation, tool: str) -> None:
+    (first, one), (_, two) = installation.start_server(), installation.start_server()
+    made = await Wire(one, ADMIN_KEY).call(tool, ASKED)
+    assert made["resultType"] == "task" and made["status"] == "working"
+    assert made["ttlMs"] is None and made["pollIntervalMs"] == 5000 and made["createdAt"] and made["lastUpdatedAt"]
+    assert not {"result", "error", "inputRequests", "task", "requestState", "content"} & made.keys()
+    task_id = made["taskId"]
+    first.kill()
+    wire = Wire(two, ADMIN_KEY)
+    seen = (await wire.ask("tasks/get", {"taskId": task_id}))["result"]
+    assert seen["resultType"] == "complete" and seen["status"] == "working"
+    end(installation, task_id, TaskStatus.COMPLETED)
+    _, three = installation.start_server()
+    over = (await Wire(three, ADMIN_KEY).ask("tasks/get", {"taskId": task_id}))["result"]
+    assert over["status"] == "completed" and "error" not in over
+    assert over["result"]["isError"] is False
+    assert over["result"]["structuredContent"]["status"] == "completed"
+
+
+@pytest.mark.parametrize("tool", ["submit_task", "delegate"])
+async def test_the_inlined_result_fits_the_output_schema_of_the_tool(installation: Installation, tool: str) -> None:
+    import jsonschema
+
+    _, url = installation.start_server()
+    wire = Wire(url, ADMIN_KEY)
+    tools = (await wire.ask("tools/list", {}))["result"]["tools"]
+    (schema,) = [found["outputSchema"] for found in tools if found["name"] == tool]
+    task_id = (await wire.call(tool, ASKED))["taskId"]
+    end(installation, task_id, TaskStatus.FAILED, FAILED)
+    task = (await wire.ask("tasks/get", {"taskId": task_id}))["result"]
+    jsonschema.validate(task["result"]["structuredContent"], schema)
+
+
+async def test_a_failed_agent_is_a_completed_call_that_says_that_it_failed(installation: Installation) -> None:
+    _, url = installation.start_server()
+    wire = Wire(url, ADMIN_KEY)
+    task_id = (await wire.call("delegate", ASKED))["taskId"]
+    end(installation, task_id, TaskStatus.FAILED, FAILED)
+    task = (await wire.ask("tasks/get", {"taskId": task_id}))["result"]
+    assert task["status"] == "completed" and "error" not in task
+    assert task["result"]["isError"] is True
+    assert task["result"]["structuredContent"]["error"]["code"] == "agent_error"
+    assert "agent_error" in task["statusMessage"]
+
+
+async def test_a_task_is_cancelled_and_cancelling_what_has_ended_says_nothing_else(installation: Installation) -> None:
+    _, url = installation.start_server()
+    wire = Wire(url, ADMIN_KEY)
+    task_id = (await wire.call("submit_task", ASKED))["taskId"]
+    for _ in range(2):
+        said = (await wire.ask("tasks/cancel", {"taskId": task_id}))["result"]
+        assert said.pop("_meta") and said == {"resultType": "complete"}
+    task = (await wire.ask("tasks/get", {"taskId": task_id}))["result"]
+    assert task["status"] == "cancelled" and "result" not in task
+
+
+async def test_anothers_task_is_as_unknown_as_one_that_never_was(installation: Installation) -> None:
+    _, url = installation.start_server()
+    keyring = Settings.read(installation.environment()).keyring
+    _, token = create_key(installation.store, keyring, account_id="other", name="test")
+    mine = (await Wire(url, ADMIN_KEY).call("submit_task", ASKED))["taskId"]
+    theirs = Wire(url, token)
+    unknown = "task_" + "a" * 26
+    for method, more in (("tasks/get", {}), ("tasks/update", {"inputResponses": {}}), ("tasks/cancel", {})):
+        said = [(await theirs.ask(method, {"taskId": found, **more}))["error"] for found in (mine, unknown)]
+        assert said[0] == said[1] and said[0]["code"] == -32602 and said[0]["data"]["code"] == "task_not_found"
+    assert installation.task(mine).status is TaskStatus.QUEUED
+
+
+async def test_who_does_not_declare_the_extension_notices_nothing(installation: Installation) -> None:
+    _, url = installation.start_server()
+    wire = Wire(url, ADMIN_KEY, tasks=False)
+    listed = [await wire.ask("tools/list", {}, tasks=tasks) for tasks in (False, True)]
+    assert json.dumps(listed[0]) == json.dumps(listed[1])
+    made = await wire.call("submit_task", ASKED)
+    assert made["resultType"] == "complete" and made["structuredContent"]["status"] == "queued"
+    assert made["structuredContent"]["next_action"].startswith("Wait with get_task")
+    task_id = made["structuredContent"]["task_id"]
+    for method, more in (("tasks/get", {}), ("tasks/update", {"inputResponses": {}}), ("tasks/cancel", {})):
+        refused = (await wire.ask(method, {"taskId": task_id, **more}))["error"]
+        assert refused["code"] == -32021
+        assert refused["data"] == {"requiredCapabilities": {"extensions": {TASKS: {}}}}
+    assert installation.task(task_id).status is TaskStatus.QUEUED
+    # Declared for one request, it holds for that one.
+    assert (await wire.call("submit_task", ASKED, tasks=True))["resultType"] == "task"
+    assert (await wire.call("get_task", {"task_id": task_id}, tasks=True))["resultType"] == "complete"
+
+
+async def test_the_older_protocol_has_no_such_methods_and_no_handles(installation: Installation) -> None:
+    _, url = installation.start_server()
+    async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as http:
+        transport = streamable_http_client(f"{url}/mcp", http_client=http)
+        async with Client(transport, mode="legacy", extensions=[HoldsTasks()]) as client:
+            made = await client.call_tool("submit_task", ASKED)
+            assert cast("dict[str, Any]", made.structured_content)["status"] == "queued"
+        headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25"}
+        body = {"jsonrpc": "2.0", "id": 1, "method": "tasks/get", "params": {"taskId": "x"}}
+        assert '"code":-32601' in (await http.post(f"{url}/mcp", json=body, headers=headers)).text
+
+
+async def test_a_refused_submit_is_a_result_and_leaves_no_task(installation: Installation) -> None:
+    _, url = installation.start_server()
+    wire = Wire(url, ADMIN_KEY)
+    for tool, arguments, code in (
+        ("submit_task", {"prompt": ""}, "prompt_empty"),
+        ("delegate", {"promt": "x"}, "unknown_argument"),
+        ("delegate", {**ASKED, "tags": ["x"]}, "unknown_argument"),
+        ("delegate", {}, "missing_argument"),
+    ):
+        refused = await wire.call(tool, arguments)
+        assert refused["resultType"] == "complete" and refused["isError"]
+        assert refused["structuredContent"]["code"] == code
+    assert not installation.tasks()
+
+
+async def test_the_routing_headers_say_what_the_body_says(installation: Installation) -> None:
+    _, url = installation.start_server()
+    wire = Wire(url, ADMIN_KEY)
+    one, two = [(await wire.call("submit_task", ASKED))["taskId"] for _ in range(2)]
+    for headers in ({"Mcp-Name": two}, {"Mcp-Name": None}, {"Mcp-Method": "tasks/cancel"}, {"Mcp-Method": None}):
+        for method in ("tasks/get", "tasks/cancel"):
+            if headers.get("Mcp-Method") != method:
+                refused = await wire.ask(method, {"taskId": one}, headers=headers)
+                assert refused["error"]["code"] == -32020, (method, headers)
+    assert {task.status for task in installation.tasks().values()} == {TaskStatus.QUEUED}
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+
+class Said:
+    """Where an answer arrives, in place of `send_message`."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, str]] = []
+
+    @operation("POST", "/tasks/{task_id}/messages", title="Say something")
+    def send_message(self, caller: Caller, *, task_id: str, message: str) -> str:
+        """Noted."""
+        self.messages.append((task_id, message))
+        return "ok"
+
+
+def tasks_of(operations: Mapping[str, Operation], said: Said) -> AgentTasks:
+    return AgentTasks({**operations, **operations_of(said)}, lambda _: Caller())
+
+
+async def test_a_question_is_an_input_request_with_a_key_of_its_own(world: World) -> None:
+    app, said = world.app(), Said()
+    tasks, ctx = tasks_of(app.operations, said), cast("Any", None)
+    task_id = queued(app.store)
+    attempt = claimed(app.store, task_id).attempt
+    keys: list[str] = []
+    for answer in ({"action": "accept", "content": {"answer": "blue"}}, {"action": "decline"}):
+        # The same words twice are two questions.
+        app.store.events.add(task_id, EventDraft(kind="question", message="Which\x1b colour?"), attempt=attempt)
+        app.store.tasks.update(task_id, attempt, question="Which\x1b colour?")
+        task = await tasks.get(ctx, task_id)
+        assert task.status == "input_required" and task.input_requests is not None
+        ((key, request),) = task.input_requests.items()
+        assert request["method"] == "elicitation/create" and request["params"]["mode"] == "form"
+        assert "Which colour?" in request["params"]["message"]
+        assert request["params"]["requestedSchema"]["required"] == ["answer"]
+        before = len(said.messages)
+        await tasks.answer(ctx, task_id, {"another": {"action": "accept", "content": {"answer": "no"}}})
+        await tasks.answer(ctx, task_id, dict.fromkeys(keys, {"action": "accept", "content": {"answer": "late"}}))
+        assert len(said.messages) == before
+        await tasks.answer(ctx, task_id, {key: answer})
+        keys.append(key)
+        app.store.tasks.update(task_id, attempt, question=None)
+        assert (await tasks.get(ctx, task_id)).status == "working"
+        await tasks.answer(ctx, task_id, {key: answer})  # it waits no more
+    assert len(set(keys)) == 2
+    assert said.messages == [(task_id, "blue"), (task_id, DECLINED)]
+
+
+# -- delegate, for those who hold no tasks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_delegate_returns_at_the_end_and_tells_of_progress_meanwhile(
+    installation: Installation, mode: Any
+) -> None:
+    _, url = installation.start_server()
+    installation.start_worker()
+    told: list[tuple[float, float | None, str | None]] = []
+
+    async def progress(done: float, total: float | None, message: str | None) -> None:
+        told.append((done, total, message))
+
+    async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=120) as http:
+        async with Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as client:
+            asked = installation.arguments({"steps": 30, "step_s": 0.2}, {})
+            with anyio.fail_after(90):
+                done = await client.call_tool("delegate", asked, progress_callback=progress)
+    task = cast("dict[str, Any]", done.structured_content)
+    assert not done.is_error and task["status"] == "completed" and task["next_action"] and task["result"]
+    assert told[0][2] == f"{task['task_id']} was submitted."
+    assert [one[0] for one in told] == sorted({one[0] for one in told}), "progress only grows"
+    assert any("running, agent" in (one[2] or "") for one in told)
+
+
+@pytest.mark.parametrize("status", [TaskStatus.FAILED, TaskStatus.COMPLETED])
+async def test_delegate_says_as_an_error_that_the_agent_failed(world: World, status: TaskStatus) -> None:
+    app = world.app()
+    async with Client(mcp_server(app, remote=False)) as client:
+        results: list[CallToolResult] = []
+
+        async def call() -> None:
+            results.append(await client.call_tool("delegate", ASKED))
+
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as group:
+                group.start_soon(call)
+                task_id = await anyio.to_thread.run_sync(
+                    lambda: until(lambda: app.store.tasks.due(waited_s=0), "queued")[0]
+                )
+                attempt = claimed(app.store, task_id).attempt
+                error = FAILED if status is TaskStatus.FAILED else None
+                app.store.tasks.finish(task_id, attempt, status=status, error=error)
+        assert results[0].is_error is (status is TaskStatus.FAILED)
+        assert cast("dict[str, Any]", results[0].structured_content)["status"] == status
+
+
+async def test_a_delegate_that_is_cut_loses_nothing(installation: Installation) -> None:
+    _, url = installation.start_server()
+    with pytest.raises(TimeoutError):
+        async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as http:
+            async with Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client:
+                with anyio.fail_after(2):
+                    await client.call_tool("delegate", ASKED)
+    ((task_id, task),) = installation.tasks().items()
+    assert task.status is TaskStatus.QUEUED
+    installation.accepted.append(task_id)
+    installation.start_worker()
+    until(lambda: installation.task(task_id).status.terminal, "it ends", 60)
+
+
+async def test_a_delegate_that_nears_the_clients_limit_says_how_to_go_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloudagent_mcp.operations.delegation.WAIT_MAX_S", 1)
+    async with Client(mcp_server(world.app(), remote=False), mode="legacy") as client:
+        done = await client.call_tool("delegate", ASKED)
+        task = cast("dict[str, Any]", done.structured_content)
+        assert not done.is_error and task["status"] == "queued"
+        assert task["next_action"] == f"Wait with get_task(task_id={task['task_id']!r}, wait_seconds=50)."
+
+
+async def test_a_delegate_ends_when_the_agent_asks(world: World) -> None:
+    app = world.app()
+    async with Client(mcp_server(app, remote=False)) as client:
+        results: list[CallToolResult] = []
+
+        async def call() -> None:
+            results.append(await client.call_tool("delegate", ASKED))
+
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as group:
+                group.start_soon(call)
+                task_id = await anyio.to_thread.run_sync(
+                    lambda: until(lambda: app.store.tasks.due(waited_s=0), "queued")[0]
+                )
+                app.store.tasks.update(task_id, claimed(app.store, task_id).attempt, question="Which?")
+        task = cast("dict[str, Any]", results[0].structured_content)
+        assert task["status"] == "waiting" and task["question"] == "Which?" and "send_message" in task["next_action"]
