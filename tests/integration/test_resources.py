@@ -175,7 +175,7 @@ async def test_over_http_each_account_reads_lists_and_completes_its_own(world: W
     ) as client:
 
         def ask(key: str, method: str, params: dict[str, Any]) -> str:
-            meta = {
+            meta: dict[str, Any] = {
                 "io.modelcontextprotocol/protocolVersion": VERSION,
                 "io.modelcontextprotocol/clientCapabilities": {},
             }
@@ -186,7 +186,7 @@ async def test_over_http_each_account_reads_lists_and_completes_its_own(world: W
                 "Mcp-Method": method,
                 **({"Mcp-Name": params["uri"]} if "uri" in params else {}),
             }
-            body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {"_meta": meta, **params}}
+            body: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {"_meta": meta, **params}}
             return client.post("/mcp", json=body, headers=headers).text
 
         completed = {

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import anyio
 import httpx2
+import jsonschema
 import pytest
 from mcp import Client
 from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
 from mcp.client.streamable_http import streamable_http_client
-from mcp.types import CallToolResult, Result
+from mcp.types import CallToolResult, Request, Result
+from pydantic import ConfigDict
+from pydantic.alias_generators import to_camel
 
 from cloudagent_mcp.agent_tasks import DECLINED, AgentTasks
 from cloudagent_mcp.api_keys import create_key
@@ -28,12 +31,33 @@ from tests.support.worlds import World, until
 pytestmark = pytest.mark.anyio
 
 ASKED = {"prompt": "x", "repository": "none"}
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("tasks/get", {}),
+    ("tasks/update", {"inputResponses": {}}),
+    ("tasks/cancel", {}),
+]
 FAILED = TaskError(code="agent_error", message="It broke.", remedy="Try again.")
 
 
 class Handle(Result):
+    result_type: Literal["task"] = "task"
     task_id: str
     status: str
+
+
+class Get(Request[Any, Literal["tasks/get"]]):
+    """As the SDK wants a request of an extension's."""
+
+    method: Literal["tasks/get"] = "tasks/get"
+    params: dict[str, Any]
+    name_param: ClassVar[str | None] = "taskId"
+
+
+class Got(Result):
+    model_config = ConfigDict(extra="allow", alias_generator=to_camel, populate_by_name=True)
+
+    status: str
+    result: dict[str, Any] | None = None
 
 
 class HoldsTasks(ClientExtension):
@@ -49,7 +73,10 @@ class HoldsTasks(ClientExtension):
 
     async def _resolve(self, handle: Handle, ctx: ClaimContext) -> CallToolResult:
         self.held.append(handle.task_id)
-        raise NotImplementedError
+        while (got := await ctx.session.send_request(Get(params={"taskId": handle.task_id}), Got)).result is None:
+            assert got.status == "working"
+            await anyio.sleep(0.2)
+        return CallToolResult.model_validate(got.result)
 
 
 def end(installation: Installation, task_id: str, status: TaskStatus, error: TaskError | None = None) -> None:
@@ -79,8 +106,6 @@ async def test_a_call_answers_with_a_handle_that_every_server_knows(installation
 
 @pytest.mark.parametrize("tool", ["submit_task", "delegate"])
 async def test_the_inlined_result_fits_the_output_schema_of_the_tool(installation: Installation, tool: str) -> None:
-    import jsonschema
-
     _, url = installation.start_server()
     wire = Wire(url, ADMIN_KEY)
     tools = (await wire.ask("tools/list", {}))["result"]["tools"]
@@ -121,7 +146,7 @@ async def test_anothers_task_is_as_unknown_as_one_that_never_was(installation: I
     mine = (await Wire(url, ADMIN_KEY).call("submit_task", ASKED))["taskId"]
     theirs = Wire(url, token)
     unknown = "task_" + "a" * 26
-    for method, more in (("tasks/get", {}), ("tasks/update", {"inputResponses": {}}), ("tasks/cancel", {})):
+    for method, more in METHODS:
         said = [(await theirs.ask(method, {"taskId": found, **more}))["error"] for found in (mine, unknown)]
         assert said[0] == said[1] and said[0]["code"] == -32602 and said[0]["data"]["code"] == "task_not_found"
     assert installation.task(mine).status is TaskStatus.QUEUED
@@ -136,7 +161,7 @@ async def test_who_does_not_declare_the_extension_notices_nothing(installation: 
     assert made["resultType"] == "complete" and made["structuredContent"]["status"] == "queued"
     assert made["structuredContent"]["next_action"].startswith("Wait with get_task")
     task_id = made["structuredContent"]["task_id"]
-    for method, more in (("tasks/get", {}), ("tasks/update", {"inputResponses": {}}), ("tasks/cancel", {})):
+    for method, more in METHODS:
         refused = (await wire.ask(method, {"taskId": task_id, **more}))["error"]
         assert refused["code"] == -32021
         assert refused["data"] == {"requiredCapabilities": {"extensions": {TASKS: {}}}}
@@ -156,6 +181,20 @@ async def test_the_older_protocol_has_no_such_methods_and_no_handles(installatio
         headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25"}
         body = {"jsonrpc": "2.0", "id": 1, "method": "tasks/get", "params": {"taskId": "x"}}
         assert '"code":-32601' in (await http.post(f"{url}/mcp", json=body, headers=headers)).text
+
+
+async def test_a_client_that_holds_tasks_gets_the_finished_task_from_an_ordinary_call(
+    installation: Installation,
+) -> None:
+    _, url = installation.start_server()
+    installation.start_worker()
+    holds = HoldsTasks()
+    async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as http:
+        async with Client(streamable_http_client(f"{url}/mcp", http_client=http), extensions=[holds]) as client:
+            with anyio.fail_after(90):
+                done = await client.call_tool("submit_task", installation.arguments({"steps": 3}, {}))
+    task = cast("dict[str, Any]", done.structured_content)
+    assert not done.is_error and task["status"] == "completed" and holds.held == [task["task_id"]]
 
 
 async def test_a_refused_submit_is_a_result_and_leaves_no_task(installation: Installation) -> None:
@@ -223,7 +262,8 @@ async def test_a_question_is_an_input_request_with_a_key_of_its_own(world: World
         assert request["params"]["requestedSchema"]["required"] == ["answer"]
         before = len(said.messages)
         await tasks.answer(ctx, task_id, {"another": {"action": "accept", "content": {"answer": "no"}}})
-        await tasks.answer(ctx, task_id, dict.fromkeys(keys, {"action": "accept", "content": {"answer": "late"}}))
+        late = {"action": "accept", "content": {"answer": "late"}}
+        await tasks.answer(ctx, task_id, dict.fromkeys(keys, late))
         assert len(said.messages) == before
         await tasks.answer(ctx, task_id, {key: answer})
         keys.append(key)
@@ -245,14 +285,14 @@ async def test_delegate_returns_at_the_end_and_tells_of_progress_meanwhile(
     installation.start_worker()
     told: list[tuple[float, float | None, str | None]] = []
 
-    async def progress(done: float, total: float | None, message: str | None) -> None:
-        told.append((done, total, message))
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        told.append((progress, total, message))
 
     async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=120) as http:
         async with Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as client:
             asked = installation.arguments({"steps": 30, "step_s": 0.2}, {})
             with anyio.fail_after(90):
-                done = await client.call_tool("delegate", asked, progress_callback=progress)
+                done = await client.call_tool("delegate", asked, progress_callback=note)
     task = cast("dict[str, Any]", done.structured_content)
     assert not done.is_error and task["status"] == "completed" and task["next_action"] and task["result"]
     assert told[0][2] == f"{task['task_id']} was submitted."
@@ -284,11 +324,11 @@ async def test_delegate_says_as_an_error_that_the_agent_failed(world: World, sta
 
 async def test_a_delegate_that_is_cut_loses_nothing(installation: Installation) -> None:
     _, url = installation.start_server()
-    with pytest.raises(TimeoutError):
-        async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as http:
-            async with Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client:
-                with anyio.fail_after(2):
-                    await client.call_tool("delegate", ASKED)
+    async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as http:
+        async with Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client:
+            with anyio.move_on_after(3) as scope:
+                await client.call_tool("delegate", ASKED)
+    assert scope.cancelled_caught
     ((task_id, task),) = installation.tasks().items()
     assert task.status is TaskStatus.QUEUED
     installation.accepted.append(task_id)
