@@ -209,3 +209,18 @@ async def test_reading_many_resources_at_once_holds_up_nobody(world: World) -> N
             async with anyio.create_task_group() as group:
                 for _ in range(60):
                     group.start_soon(client.read_resource, f"task://{task_id}/log")
+
+
+async def test_rest_shows_the_last_lines_of_a_log_as_well(world: World) -> None:
+    app = world.app()
+    task_id = ended(app)
+    headers = {"Authorization": "Bearer admin"}
+    with TestClient(
+        http_app(app, key="admin", host="127.0.0.1", port=8420), base_url="http://127.0.0.1:8420", headers=headers
+    ) as rest:
+        page = rest.get(f"/api/v1/tasks/{task_id}/logs?tail=true&limit=2").json()
+        assert [line["seq"] for line in page["lines"]] == [page["next_after"] - 1, page["next_after"]]
+        assert not page["more"]
+        task = rest.get(f"/api/v1/tasks/{task_id}").json()
+        assert task["updated_at"] == page["lines"][-1]["timestamp"]
+        assert rest.post("/api/v1/delegate", json={"prompt": "x"}).status_code == 404

@@ -139,6 +139,7 @@ async def test_task_notifications_carry_the_whole_task_and_only_to_who_declares_
 async def test_a_hundred_listeners_hold_no_thread_and_no_connection(world: World) -> None:
     app = world.app()
     task_id = queued(app.store)
+    watchers: dict[str, Any] = getattr(app.store.changes, "_watchers")  # noqa: B009
     async with Client(mcp_server(app, remote=False)) as client:
         async with client.listen(resource_subscriptions=[f"task://{task_id}"]):
             async with anyio.create_task_group() as group:
@@ -158,11 +159,11 @@ async def test_a_hundred_listeners_hold_no_thread_and_no_connection(world: World
                 with anyio.fail_after(10):
                     while anyio.to_thread.current_default_thread_limiter().borrowed_tokens:
                         await anyio.sleep(0.02)
+                assert len(watchers[task_id]) == 101
                 claimed(app.store, task_id)
                 with anyio.fail_after(30):
                     while len(told) < 100:
                         await anyio.sleep(0.02)
-        watchers: dict[str, Any] = getattr(app.store.changes, "_watchers")  # noqa: B009
         with anyio.fail_after(10):
             while watchers:
                 await anyio.sleep(0.02)
