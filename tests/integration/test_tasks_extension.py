@@ -11,7 +11,7 @@ import httpx2
 import jsonschema
 import pytest
 from mcp import Client
-from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
+from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim, advertise
 from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CallToolResult, Request, Result
 from pydantic import ConfigDict
@@ -183,6 +183,13 @@ async def test_the_older_protocol_has_no_such_methods_and_no_handles(installatio
         assert '"code":-32601' in (await http.post(f"{url}/mcp", json=body, headers=headers)).text
 
 
+async def test_an_older_client_that_declares_the_extension_all_the_same_is_given_no_handle(world: World) -> None:
+    """The result type is unknown to its protocol."""
+    async with Client(mcp_server(world.app(), remote=False), mode="legacy", extensions=[advertise(TASKS)]) as client:
+        made = await client.call_tool("submit_task", ASKED)
+        assert cast("dict[str, Any]", made.structured_content)["status"] == "queued"
+
+
 async def test_a_client_that_holds_tasks_gets_the_finished_task_from_an_ordinary_call(
     installation: Installation,
 ) -> None:
@@ -298,6 +305,29 @@ async def test_delegate_returns_at_the_end_and_tells_of_progress_meanwhile(
     assert told[0][2] == f"{task['task_id']} was submitted."
     assert [one[0] for one in told] == sorted({one[0] for one in told}), "progress only grows"
     assert any("running, agent" in (one[2] or "") for one in told)
+
+
+async def test_the_progress_of_a_long_delegate_only_grows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloudagent_mcp.operations.delegation.LOOK_EVERY_S", 2.5)
+    app = world.app()
+    told: list[float] = []
+
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        told.append(progress)
+
+    async with Client(mcp_server(app, remote=False), mode="legacy") as client:
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+
+                async def call() -> None:
+                    await client.call_tool("delegate", ASKED, progress_callback=note)
+
+                group.start_soon(call)
+                while len(told) < 4:
+                    await anyio.sleep(0.05)
+                (task,) = app.store.tasks.list("local").tasks
+                app.store.tasks.request_cancel("local", task.task_id)
+    assert told == sorted(set(told))
 
 
 @pytest.mark.parametrize("status", [TaskStatus.FAILED, TaskStatus.COMPLETED])
