@@ -16,6 +16,7 @@
     + TaskNotFound, ScheduleNotFound, KeyNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
     + NotReady, NoChanges, AlreadyApplied, NothingToUndo, Busy
+    + TaskEnded, QuestionClosed
     + TaskExpired
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
     + LimitReached
@@ -343,6 +344,21 @@ class TaskExpired(NotNow):
     code = "task_expired"
     remedy = "Submit the task again if its result is still wanted; RETENTION_DAYS and RETENTION_MB say what is kept."
     field = "task_id"
+
+
+class TaskEnded(NotNow):
+    """The task has ended, and nobody is there to hear."""
+
+    code = "task_ended"
+    remedy = "Submit a new task, or try this one once more with retry_task."
+
+
+class QuestionClosed(NotNow):
+    """That question is not open any more: it was answered, given up, or its sandbox has died."""
+
+    code = "question_closed"
+    remedy = "Look at the task with get_task; leave question_id out to tell its agent something all the same."
+    field = "question_id"
 
 
 class NoChanges(NotNow):
