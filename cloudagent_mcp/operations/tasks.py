@@ -20,6 +20,7 @@ from cloudagent_mcp.operations.waiting import wait_for
 from cloudagent_queue.agents import open_agent
 from cloudagent_storage.errors import NoChanges, NotReady, TargetNotAllowed, TaskExpired
 from cloudagent_storage.records import (
+    Asked,
     EventDraft,
     EventKind,
     Idempotency,
@@ -265,13 +266,21 @@ class Tasks:
         mode: Annotated[Literal["any", "all"], Field(description="Until any of them, or all, have ended.")] = "all",
         timeout_seconds: Annotated[float, Field(ge=0, le=WAIT_MAX_S)] = WAIT_MAX_S,
     ) -> TaskList:
-        """Wait until any or all of several tasks have ended, or time is up; call again while `finished` is false."""
+        """Wait until any or all have ended, one asks something, or time is up; call again while `finished` is false."""
         enough = any if mode == "any" else all
+        asked: set[str] | None = None
 
         def finished(found: list[Task]) -> bool:
             return enough(task.status.terminal for task in found)
 
-        tasks = await wait_for(self._open_store, caller, task_ids, finished, timeout_seconds)
+        def wanted(found: list[Task]) -> bool:
+            """Also when an agent has begun to ask something: what waits for an answer ends no sooner."""
+            nonlocal asked
+            asking = {task.task_id for task in found if task.status is TaskStatus.WAITING}
+            asked = asking if asked is None else asked & asking
+            return finished(found) or not asking <= asked
+
+        tasks = await wait_for(self._open_store, caller, task_ids, wanted, timeout_seconds)
         return TaskList(tasks=tuple(map(advise, tasks)), finished=finished(tasks))
 
     @operation("GET", "/tasks", title="List tasks", read_only=True, idempotent=True)
@@ -401,6 +410,7 @@ class Tasks:
         undo: Annotated[bool, Field(description="Take an applied result back, exactly.")] = False,
     ) -> Applied:
         """Write a task's changes into a working tree: all or nothing, never over changes of your own, with a backup.
+
         Where files changed on both sides nothing is written and they are named.
         """
         task = self._store.tasks.get(caller.account_id, task_id)
@@ -491,7 +501,7 @@ def advise(task: Task) -> Task:
         case TaskStatus.QUEUED | TaskStatus.RUNNING:
             step, pause = f"Wait with get_task(task_id={task.task_id!r}, wait_seconds=50).", 5.0
         case TaskStatus.WAITING:
-            step, pause = "The agent asked a question; answer it with send_message.", 5.0
+            step, pause = f"Its agent asks `question`. {how_to_answer(task.task_id, task.asked)}", 5.0
         case TaskStatus.COMPLETED if task.result is None or not _changed(task):
             step, pause = "No file was changed; the agent's answer is in result.summary.", None
         case TaskStatus.COMPLETED:
@@ -502,6 +512,12 @@ def advise(task: Task) -> Task:
             remedy = task.error.remedy if task.error else ""
             step, pause = f"{remedy} Read get_task_logs.{saved}".strip(), None
     return task.model_copy(update={"next_action": step, "poll_after_seconds": pause})
+
+
+def how_to_answer(task_id: str, asked: Asked | None) -> str:
+    """What answers an agent's question: what only its user can know is asked of that person."""
+    named = "" if asked is None else f", question_id={asked.question_id!r}"
+    return f"Ask your user, then call send_message(task_id={task_id!r}{named}, message=the answer)."
 
 
 def _changed(task: Task) -> bool:

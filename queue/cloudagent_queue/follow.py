@@ -31,7 +31,7 @@ RESULT_MAX = 1_000_000
 SUMMARY_MAX = 20_000
 KINDS = frozenset(get_args(EventKind))
 QUESTION_ID = re.compile(r"[a-z0-9_]{1,40}")
-QUESTION_MAX, CHOICES_MAX, CHOICE_MAX = 4000, 10, 200
+QUESTION_MAX, CHOICES_MAX, CHOICE_MAX = 4000, 10, 100
 """Characters of a question, choices of one, characters of a choice."""
 REMEDIES: dict[TaskErrorCode, str] = {
     # What the runner may report; anything else counts as the last.

@@ -46,7 +46,7 @@ STOP_S = 4.0
 BACKGROUND_S = 600.0
 """How long an agent that is done may wait for commands that it left in the background; Claude Code's own limit."""
 CLOSE_S = 15.0
-MAX_CHOICES, MAX_CHOICE = 10, 200
+MAX_CHOICES, MAX_CHOICE = 10, 100
 ASKING = {
     "type": "object",
     "properties": {

@@ -410,8 +410,10 @@ class ConfirmationNeeded(NotNow):
     """The result changes files that can make a machine execute things; nothing was written."""
 
     code = "confirmation_needed"
-    remedy = "Read their diff, then name each in allow_sensitive."
+    remedy = "Ask your user to read their diff; then name each in allow_sensitive."
     field = "allow_sensitive"
+    files: tuple[str, ...] = ()
+    """Their paths, as far as whoever refuses knows them."""
 
 
 class TargetNotAllowed(NotNow):

@@ -13,7 +13,7 @@ SNAPSHOTS = Path(__file__).parent.parent / "snapshots"
 NAMES = {
     "submit_task", "get_task", "wait_tasks", "list_tasks", "cancel_task", "get_task_logs", "get_task_diff",
     "apply_task", "retry_task", "create_schedule", "list_schedules", "get_schedule", "update_schedule",
-    "delete_schedule", "run_schedule", "get_queue",
+    "delete_schedule", "run_schedule", "get_queue", "send_message", "list_pending_questions",
 }  # fmt: skip
 
 
