@@ -268,7 +268,7 @@ class Tasks:
     ) -> TaskList:
         """Wait until any or all have ended, one asks something, or time is up; call again while `finished` is false."""
         enough = any if mode == "any" else all
-        asked: set[str] | None = None
+        asked: set[tuple[str, str]] | None = None
 
         def finished(found: list[Task]) -> bool:
             return enough(task.status.terminal for task in found)
@@ -276,7 +276,7 @@ class Tasks:
         def wanted(found: list[Task]) -> bool:
             """Also when an agent has begun to ask something: what waits for an answer ends no sooner."""
             nonlocal asked
-            asking = {task.task_id for task in found if task.status is TaskStatus.WAITING}
+            asking = {(task.task_id, task.asked.question_id) for task in found if task.asked is not None}
             asked = asking if asked is None else asked & asking
             return finished(found) or not asking <= asked
 
