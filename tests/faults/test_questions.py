@@ -140,8 +140,9 @@ def test_a_task_is_cancelled_while_it_waits(installation: Installation) -> None:
 
 @EITHER_SANDBOX
 def test_the_question_of_a_sandbox_that_dies_is_void_and_the_next_agent_asks_anew(installation: Installation) -> None:
+    task = installation.submit(steps=4, faults={"ask_at": 2})
+    assert not answer(installation, task, "Use tabs.")
     installation.start_worker()
-    task = ask(installation)
     first = await_question(installation, task)
     until(lambda: any("Kept a checkpoint" in line for line in installation.log(task)), "its work is kept at once", 60)
     installation.kill_sandbox()
@@ -151,7 +152,7 @@ def test_the_question_of_a_sandbox_that_dies_is_void_and_the_next_agent_asks_ane
         answer(installation, task, question_id=first)
     assert answer(installation, task, "that")
     installation.conclude()
-    assert told(installation, task) == [("that", False)]
+    assert told(installation, task) == [("Use tabs.", True), ("that", False)]
 
 
 def test_waiting_counts_toward_no_limit(on_sqlite: Installation) -> None:
@@ -165,6 +166,13 @@ def test_waiting_counts_toward_no_limit(on_sqlite: Installation) -> None:
     assert answer(on_sqlite, task)
     on_sqlite.conclude()
     assert on_sqlite.column(task, "running_seconds") < 5
+
+
+def test_an_agent_that_asks_without_end_runs_out_of_time(on_sqlite: Installation) -> None:
+    on_sqlite.start_worker(hook="tests.support.standin:who_asks_has_no_time_for_it")
+    task = on_sqlite.submit(steps=4, faults={"ask_at": 2}, timeout_minutes=0.1)
+    await_question(on_sqlite, task)
+    on_sqlite.conclude({task: "timed_out"})
 
 
 def test_an_agent_that_was_answered_has_its_limits_again(on_sqlite: Installation) -> None:
