@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import anyio
@@ -17,15 +17,15 @@ from mcp.types import CallToolResult, Request, Result
 from pydantic import ConfigDict
 from pydantic.alias_generators import to_camel
 
-from cloudagent_mcp.agent_tasks import DECLINED, AgentTasks
+from cloudagent_mcp.agent_tasks import DECLINED
 from cloudagent_mcp.api_keys import create_key
-from cloudagent_mcp.operations import Caller, Operation, operation, operations_of
 from cloudagent_mcp.server import mcp_server
 from cloudagent_mcp.settings import Settings
-from cloudagent_storage.records import EventDraft, TaskError, TaskStatus
+from cloudagent_storage.records import Question, TaskError, TaskStatus
 from tests.support.installation import ADMIN_KEY, Installation
-from tests.support.stored import claimed, queued
-from tests.support.wire import TASKS, Wire
+from tests.support.stored import ask as ask_as
+from tests.support.stored import claimed
+from tests.support.wire import TASKS, Wire, next_of
 from tests.support.worlds import World, until
 
 pytestmark = pytest.mark.anyio
@@ -234,51 +234,45 @@ async def test_the_routing_headers_say_what_the_body_says(installation: Installa
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
-class Said:
-    """Where an answer arrives, in place of `send_message`."""
+async def test_a_question_is_an_input_request_under_its_own_id_and_answered_once(installation: Installation) -> None:
+    (_, one), (_, two) = installation.start_server(), installation.start_server()
+    store, first, second = installation.store, Wire(one, ADMIN_KEY), Wire(two, ADMIN_KEY)
+    task_id = (await first.call("submit_task", ASKED))["taskId"]
+    attempt = claimed(store, task_id).attempt
 
-    def __init__(self) -> None:
-        self.messages: list[tuple[str, str]] = []
-
-    @operation("POST", "/tasks/{task_id}/messages", title="Say something")
-    def send_message(self, caller: Caller, *, task_id: str, message: str) -> str:
-        """Noted."""
-        self.messages.append((task_id, message))
-        return "ok"
-
-
-def tasks_of(operations: Mapping[str, Operation], said: Said) -> AgentTasks:
-    return AgentTasks({**operations, **operations_of(said)}, lambda _: Caller())
-
-
-async def test_a_question_is_an_input_request_with_a_key_of_its_own(world: World) -> None:
-    app, said = world.app(), Said()
-    tasks, ctx = tasks_of(app.operations, said), cast("Any", None)
-    task_id = queued(app.store)
-    attempt = claimed(app.store, task_id).attempt
-    keys: list[str] = []
-    for answer in ({"action": "accept", "content": {"answer": "blue"}}, {"action": "decline"}):
+    def ask(number: int) -> None:
         # The same words twice are two questions.
-        app.store.events.add(task_id, EventDraft(kind="question", message="Which\x1b colour?"), attempt=attempt)
-        app.store.tasks.update(task_id, attempt, question="Which\x1b colour?")
-        task = await tasks.get(ctx, task_id)
-        assert task.status == "input_required" and task.input_requests is not None
-        ((key, request),) = task.input_requests.items()
-        assert request["method"] == "elicitation/create" and request["params"]["mode"] == "form"
-        assert "Which colour?" in request["params"]["message"]
-        assert request["params"]["requestedSchema"]["required"] == ["answer"]
-        before = len(said.messages)
-        await tasks.answer(ctx, task_id, {"another": {"action": "accept", "content": {"answer": "no"}}})
-        late = {"action": "accept", "content": {"answer": "late"}}
-        await tasks.answer(ctx, task_id, dict.fromkeys(keys, late))
-        assert len(said.messages) == before
-        await tasks.answer(ctx, task_id, {key: answer})
-        keys.append(key)
-        app.store.tasks.update(task_id, attempt, question=None)
-        assert (await tasks.get(ctx, task_id)).status == "working"
-        await tasks.answer(ctx, task_id, {key: answer})  # it waits no more
-    assert len(set(keys)) == 2
-    assert said.messages == [(task_id, "blue"), (task_id, DECLINED)]
+        question = Question(question_id=f"q_{number}", text="Which\x1b colour?", choices=("red", "blue"))
+        store.tasks.follow(task_id, attempt, [], log_offset=number, lease_s=60, question=question)
+
+    async def answer(key: str, action: str, **content: str) -> None:
+        responses = {key: {"action": action, "content": content}}
+        said = (await second.ask("tasks/update", {"taskId": task_id, "inputResponses": responses}))["result"]
+        assert said.pop("_meta") and said == {"resultType": "complete"}
+
+    def told() -> list[tuple[str, str | None]]:
+        return [(message.text, message.answers) for message in store.tasks.signals(task_id, attempt).messages]
+
+    async with second.listen(taskIds=[task_id]) as messages:
+        await next_of(messages)
+        ask(1)
+        asked = (await next_of(messages))["params"]
+    task = (await first.ask("tasks/get", {"taskId": task_id}))["result"]
+    assert task["status"] == asked["status"] == "input_required" and task["inputRequests"] == asked["inputRequests"]
+    ((key, request),) = task["inputRequests"].items()
+    assert key == "q_1" and request["method"] == "elicitation/create" and request["params"]["mode"] == "form"
+    assert "Which colour?" in request["params"]["message"]
+    assert request["params"]["requestedSchema"]["properties"]["answer"]["enum"] == ["red", "blue"]
+    await answer("q_0", "accept", answer="no")
+    await answer("q_1", "cancel")
+    assert not told()
+    await answer("q_1", "accept", answer="blue")
+    assert (await first.ask("tasks/get", {"taskId": task_id}))["result"]["status"] == "working"
+    await answer("q_1", "accept", answer="red")  # answered already
+    ask(2)
+    await answer("q_1", "accept", answer="late")
+    await answer("q_2", "decline")
+    assert told() == [("blue", "q_1"), (DECLINED, "q_2")]
 
 
 # -- delegate, for those who hold no tasks -----------------------------------------------------------------------------
@@ -391,6 +385,6 @@ async def test_a_delegate_ends_when_the_agent_asks(world: World) -> None:
                 task_id = await anyio.to_thread.run_sync(
                     lambda: until(lambda: app.store.tasks.due(waited_s=0), "queued")[0]
                 )
-                app.store.tasks.update(task_id, claimed(app.store, task_id).attempt, question="Which?")
+                ask_as(app.store, task_id, claimed(app.store, task_id).attempt, "Which?")
         task = cast("dict[str, Any]", results[0].structured_content)
         assert task["status"] == "waiting" and task["question"] == "Which?" and "send_message" in task["next_action"]
