@@ -12,11 +12,14 @@ from typing import Any
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools.base import Tool
 from mcp.server.mcpserver.utilities.func_metadata import func_metadata
-from mcp.types import CallToolResult, TextContent, ToolAnnotations
+from mcp.types import CallToolResult, InputRequiredResult, TextContent, ToolAnnotations
 from pydantic import Field, TypeAdapter
 
+from cloudagent_mcp.elicitation import Asking, asking
 from cloudagent_mcp.operations import Caller, Operation, plain_schema
+from cloudagent_mcp.operations.delegation import Delegated
 from cloudagent_mcp.operations.diffs import Diff
+from cloudagent_mcp.operations.messages import QuestionList
 from cloudagent_mcp.operations.tasks import TaskList
 from cloudagent_mcp.untrusted import clean, cut, fence
 from cloudagent_storage.errors import CloudAgentError, Internal
@@ -27,6 +30,8 @@ log = logging.getLogger(__name__)
 ANSWER_MAX = 30_000
 """Characters: under 10,000 tokens, so that no answer floods the context that asked for it."""
 TEXT_ANSWERS = (LogPage, Diff)
+ONLY_REST = {"get_task_logs": ("raw", "tail"), "list_tasks": ("offset",)}
+"""Arguments that models are not told of."""
 
 
 class OperationTool(Tool):
@@ -34,6 +39,7 @@ class OperationTool(Tool):
 
     operation: Any = Field(exclude=True)
     caller: Callable[[Context[Any, Any]], Caller] = Field(exclude=True)
+    asking: Any = Field(exclude=True)
 
     @cached_property
     def output_schema(self) -> dict[str, Any] | None:
@@ -42,9 +48,12 @@ class OperationTool(Tool):
         return plain_schema(TypeAdapter(self.operation.answer).json_schema(mode="serialization"), of_arguments=False)
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
-        caller = replace(self.caller(context), progress=context.report_progress)
+        asked = "progress_token" in (context.request_context.meta or {})
+        caller = replace(self.caller(context), progress=context.report_progress if asked else None)
         try:
-            answer = await self.operation.call(caller, arguments)
+            answer = await self.asking(self.operation, caller, arguments, context)
+            if isinstance(answer, InputRequiredResult):
+                return answer
             # Shorter pages until one fits: the next one then begins where it ends.
             while len(shown(answer)) > ANSWER_MAX and (length := _length(answer)) > 1:
                 answer = await self.operation.call(caller, {**arguments, "limit": length // 2})
@@ -53,9 +62,15 @@ class OperationTool(Tool):
         except Exception:
             log.exception("%s failed in a way that nobody foresaw", self.name)
             return refusal(Internal())
-        text = shown(answer)
-        structured = None if isinstance(answer, TEXT_ANSWERS) else json.loads(text)
-        return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
+        return result_of(answer)
+
+
+def result_of(answer: Any) -> CallToolResult:
+    """An operation's answer as a result. A task that was waited for and failed is an error."""
+    text = shown(answer)
+    structured = None if isinstance(answer, TEXT_ANSWERS) else json.loads(text)
+    failed = isinstance(answer, Delegated) and not answer.succeeded
+    return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured, is_error=failed)
 
 
 def _length(answer: Any) -> int:
@@ -67,13 +82,15 @@ def _length(answer: Any) -> int:
 
 def make_tools(operations: Iterable[Operation], caller: Callable[[Context[Any, Any]], Caller]) -> list[Tool]:
     """A tool for every operation. `caller` says who is calling, at the time of the call."""
-    return [_tool(operation, caller) for operation in operations]
+    named = {operation.name: operation for operation in operations}
+    return [_tool(operation, caller, asking(operation, named)) for operation in named.values()]
 
 
-def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller]) -> Tool:
+def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller], asking: Asking) -> Tool:
     marked = operation.marked
     schema = operation.schema
-    schema["properties"].pop("raw", None)
+    for name in ONLY_REST.get(operation.name, ()):
+        del schema["properties"][name]
 
     def stand_in() -> None:
         """The SDK wants a function; `run` is what is called."""
@@ -95,6 +112,7 @@ def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller]) -
         ),
         operation=operation,
         caller=caller,
+        asking=asking,
     )
 
 
@@ -108,12 +126,20 @@ def refusal(error: CloudAgentError) -> CallToolResult:
     )
 
 
-def shown(answer: Any) -> str:
-    """An answer as a model reads it: bounded, and without characters that steer a terminal or hide text."""
+def shown(answer: Any, *, newest: bool = False) -> str:
+    """An answer as a model reads it: bounded, and without characters that steer a terminal or hide text.
+
+    Of a log that is too long the first lines are shown, or the last with `newest`.
+    """
     if isinstance(answer, LogPage):
-        return _log_text(answer)
+        return _log_text(answer, newest=newest)
     if isinstance(answer, Diff):
         return _diff_text(answer)
+    if isinstance(answer, QuestionList):
+        while len(text := _json(answer, prompt=100, said=500)) > ANSWER_MAX and len(answer.questions) > 1:
+            kept = answer.questions[: len(answer.questions) // 2]
+            answer = QuestionList(questions=kept, more=True)
+        return text
     if isinstance(answer, TaskPage | TaskList | ScheduleList):
         return _json(answer, prompt=100, said=500)
     return _json(answer, prompt=500, said=6000)
@@ -128,24 +154,27 @@ def _json(answer: Record, *, prompt: int, said: int) -> str:
         return cut(clean(value), said) if isinstance(value, str) else value
 
     plain = answer.model_dump(mode="json")
-    for entry in plain.get("tasks") or plain.get("schedules") or [plain]:
+    for entry in plain.get("tasks") or plain.get("schedules") or plain.get("questions") or [plain]:
         task = entry.get("task", entry)
         if "prompt" in task:
             task["prompt"] = cut(task["prompt"], prompt)
     return json.dumps(brief(plain), ensure_ascii=False)
 
 
-def _log_text(page: LogPage) -> str:
+def _log_text(page: LogPage, *, newest: bool) -> str:
     """Whole lines, as many as fit; `after` then continues where they end."""
     lines: list[str] = []
     size, last, more = 0, page.next_after, page.more
-    for event in page.lines:
+    for event in reversed(page.lines) if newest else page.lines:
         line = f"{event.seq} {event.timestamp:%H:%M:%S} {event.level} {event.kind}: {cut(clean(event.message), 2000)}"
         if size + len(line) > ANSWER_MAX - 1000:
-            last, more = event.seq - 1, True
+            if not newest:
+                last, more = event.seq - 1, True
             break
         lines.append(line)
         size += len(line) + 1
+    if newest:
+        lines.reverse()
     head = f"task_id={page.task_id} next_after={last} more={str(more).lower()}"
     return f"{head}\n{fence(chr(10).join(lines))}" if lines else f"{head}\nNo lines."
 

@@ -52,7 +52,9 @@ def test_whoever_has_left_is_told_nothing_and_another_still_is(store: Store) -> 
     task_id = queued(store)
     left, stays = threading.Event(), threading.Event()
     with store.changes.watch([task_id], stays.set):
+        told(stays)  # from here on it listens
         with store.changes.watch([task_id], left.set):
+            store.events.add(task_id, line())
             told(left)
         told(stays)
         left.clear()
