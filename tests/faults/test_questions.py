@@ -85,11 +85,14 @@ def test_a_question_is_still_open_for_the_worker_that_adopts_the_task(installati
 def test_an_answer_arrives_once_though_the_worker_dies_as_it_hands_it_on(installation: Installation, when: str) -> None:
     dies = Failpoint(f"{MESSAGES}.delivered", when)
     worker = installation.start_worker(failpoints=[dies])
-    task = ask(installation)
+    task = ask(installation, gate="go")
     assert answer(installation, task)
     worker.wait()
     assert installation.fired(dies)
     installation.start_worker()
+    until(lambda: installation.attempts(task) == 2, "the other worker has it", 60)
+    until(lambda: not installation.store.tasks.signals(task, 2).messages, "it has handed on what there was", 60)
+    installation.open_gate("go")
     installation.conclude()
     assert told(installation, task) == [("this", False)]
     assert kinds(installation, task, "answer") == 1

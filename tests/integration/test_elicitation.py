@@ -19,7 +19,7 @@ from cloudagent_mcp.operations import Caller
 from cloudagent_mcp.server import mcp_server
 from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import TaskNotFound
-from cloudagent_storage.records import LOCAL_ACCOUNT, TaskSpec, TaskStatus
+from cloudagent_storage.records import LOCAL_ACCOUNT, Question, TaskSpec, TaskStatus
 from cloudagent_storage.store import Store
 from tests.integration.test_http_server import KEY, url
 from tests.support.git_repos import Workshop, make_repository
@@ -152,14 +152,14 @@ async def test_an_answer_that_somebody_else_gave_first_stands(world: World, mode
 
     def slow(_: ElicitRequestParams) -> ElicitResult:
         app.store.messages.add(LOCAL_ACCOUNT, task_id, "this")
-        then = ask(app.store, task_id, attempt, "And now?")
-        assert then is None
+        then = Question(question_id="q_2", text="And now?")
+        app.store.tasks.follow(task_id, attempt, [], log_offset=2, lease_s=60, question=then)
         return ElicitResult(action="accept", content={"answer": "that"})
 
     async with Client(mcp_server(app, remote=False), mode=mode, elicitation_callback=Person(slow)) as client:
-        # The second question has the id of the first one, as a hostile agent may choose it.
-        await client.call_tool("get_task", {"task_id": task_id})
-    assert answers(app.store, task_id, attempt)[0] == ("q_1", "this")
+        task = structured(await client.call_tool("get_task", {"task_id": task_id}))
+    assert (task["status"], task["question"]) == ("waiting", "And now?"), "that is another question"
+    assert answers(app.store, task_id, attempt) == [("q_1", "this")]
 
 
 async def test_what_an_agent_asks_is_shown_without_what_steers_a_terminal(world: World) -> None:

@@ -350,8 +350,8 @@ MUTANTS = (
     Mutant(
         "the_log_of_the_old_sandbox_is_gone_on_with",
         f"{STORE}/tasks.py",
-        "                log_offset=0,\n            )",
-        "            )",
+        "                log_offset=0,\n                **asking",
+        "                **asking",
         (f"{WORKERS}::test_of_an_earlier_sandbox_nothing_is_left_when_a_new_one_is_begun[sqlite]",),
     ),
     Mutant(
@@ -596,7 +596,7 @@ MUTANTS = (
         "if result is None or ",
         (
             "tests/integration/test_elicitation.py"
-            "::test_without_the_persons_consent_nothing_is_written_whatever_the_model_names[declined-unnamed-auto]",
+            "::test_without_the_persons_consent_nothing_is_written_whatever_the_model_names[asyncio-declined-unnamed-auto]",
         ),
     ),
 )
