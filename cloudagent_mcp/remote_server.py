@@ -194,9 +194,9 @@ class RemoteServer:
         return errors.Unauthorized("The server does not take the key in CLOUDAGENT_API_KEY.", remedy=KEY_REMEDY)
 
     def _headers(self) -> dict[str, str]:
-        key = self._key.get_secret_value().strip() if self._key is not None else ""
-        if not key:
-            raise errors.Unauthorized("CLOUDAGENT_API_KEY is not set, and the server wants a key.", remedy=KEY_REMEDY)
+        if self._key is None:
+            return {}
+        key = self._key.get_secret_value().strip()
         if not re.fullmatch(r"[!-~]+", key):
             raise errors.Unauthorized(
                 "CLOUDAGENT_API_KEY holds spaces or characters that no key has.", remedy=KEY_REMEDY
