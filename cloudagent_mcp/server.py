@@ -22,6 +22,7 @@ from cloudagent_mcp.api_keys import ApiKeyCheck
 from cloudagent_mcp.app import App
 from cloudagent_mcp.auth import Guard, allowed_hosts
 from cloudagent_mcp.operations import Caller
+from cloudagent_mcp.prompts import Prompts, PromptServer
 from cloudagent_mcp.rest import make_routes, problem
 from cloudagent_mcp.tools import make_tools
 from cloudagent_storage.errors import CloudAgentError, DatabaseUnavailable, NoRoute
@@ -49,7 +50,7 @@ def mcp_server(app: App, *, remote: bool) -> MCPServer[Any]:
         request: Request = context.request_context.request  # pyright: ignore[reportAssignmentType]
         return app.remote_caller(request.state.account_id, operator=request.state.operator)
 
-    return MCPServer(
+    server: PromptServer[Any] = PromptServer(
         "cloudagent",
         title="cloudagent",
         version=__version__,
@@ -57,6 +58,10 @@ def mcp_server(app: App, *, remote: bool) -> MCPServer[Any]:
         tools=make_tools(app.operations.values(), caller),
         log_level="WARNING",
     )
+    server.prompts = Prompts(app.settings.cloudagent_home, app.operations)
+    # A list is the same for all who come from elsewhere, and tells nothing of who asks for it.
+    server.prompt_caller = lambda context: Caller() if remote and context is None else caller(context)
+    return server
 
 
 class Health:
