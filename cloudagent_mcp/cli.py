@@ -361,7 +361,7 @@ def _shown(findings: Iterator[Finding]) -> Iterator[Finding]:
 @click.option(
     "--send-credentials",
     is_flag=True,
-    help="With each task, give the server that CLOUDAGENT_URL names your ANTHROPIC_API_KEY and GH_TOKEN or GITHUB_TOKEN.",
+    help="With each task, give the server of CLOUDAGENT_URL your ANTHROPIC_API_KEY and GH_TOKEN or GITHUB_TOKEN.",
 )
 def mcp(send_credentials: bool) -> None:
     """Serve MCP over standard input and output; this is what a client starts."""

@@ -84,7 +84,7 @@ class Prompt:
 
         def put(match: re.Match[str]) -> str:
             if match["name"]:
-                return given.get(match["name"], "").strip() or (match["otherwise"] or "")
+                return given.get(match["name"], "").strip() or (match["otherwise"] or "").strip()
             if match["all"] and ALL_WORDS in positions:
                 return given.get(ALL_WORDS, "")
             if match["all"]:
