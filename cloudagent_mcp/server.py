@@ -58,9 +58,10 @@ def mcp_server(app: App, *, remote: bool) -> MCPServer[Any]:
         tools=make_tools(app.operations.values(), caller),
         log_level="WARNING",
     )
-    server.prompts = Prompts(app.settings.cloudagent_home, app.operations)
-    # A list is the same for all who come from elsewhere, and tells nothing of who asks for it.
-    server.prompt_caller = lambda context: Caller() if remote and context is None else caller(context)
+    server.offer(
+        Prompts(app.settings.cloudagent_home, app.operations),
+        lambda context: Caller() if remote and context is None else caller(context),
+    )
     return server
 
 

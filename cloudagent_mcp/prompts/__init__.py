@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import anyio
 from mcp import MCPError
 from mcp.server import MCPServer
+from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.server.mcpserver import Context
 from mcp.types import INVALID_PARAMS, GetPromptResult, PromptMessage, TextContent
 from mcp.types import Prompt as PromptShown
@@ -43,6 +44,8 @@ COMPLETIONS_MAX = 100
 COMPLETE_WITHIN_S = 3.0
 """Somebody is typing."""
 PARENTS_SEARCHED = 50
+WORDS_MAX = 40
+"""Of one line, in a client that makes each word an argument."""
 
 
 class Prompts:
@@ -82,8 +85,9 @@ class Prompts:
         prompt = self.of(caller).get(name)
         if prompt is None:
             raise MCPError(code=INVALID_PARAMS, message="There is no prompt of that name; prompts/list has them.")
-        known = {argument.name for argument in prompt.arguments}
-        if not set(arguments) <= known:
+        arguments = _whole(prompt, arguments)
+        known = [argument.name for argument in prompt.arguments]
+        if not set(arguments) <= {*known}:
             told = f"They are: {', '.join(known)}." if known else "It has none."
             raise MCPError(code=INVALID_PARAMS, message=f"The prompt {name} has no such argument. {told}")
         given = {key: clean(value).strip() for key, value in arguments.items()}
@@ -148,7 +152,11 @@ class PromptServer(MCPServer[L], Generic[L]):
 
     prompts: Prompts
     prompt_caller: Callable[[Any], Caller]
-    """Says who asks: called with the request's context, or None for a list, which is the same for all accounts."""
+
+    def offer(self, prompts: Prompts, caller: Callable[[Any], Caller]) -> None:
+        """Offer these prompts. `caller` says who asks; it is called with None for a list, as nothing tells of whom."""
+        self.prompts, self.prompt_caller = prompts, caller
+        self.middleware.append(self._words_for_claude_code)
 
     async def list_prompts(self) -> list[PromptShown]:
         found = await in_thread(lambda: self.prompts.of(self.prompt_caller(None)))
@@ -161,6 +169,41 @@ class PromptServer(MCPServer[L], Generic[L]):
         prompt, text = await in_thread(lambda: self.prompts.fill(caller, name, arguments or {}))
         message = PromptMessage(role="user", content=TextContent(type="text", text=text))
         return GetPromptResult(description=prompt.description, messages=[message])
+
+    async def _words_for_claude_code(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
+        result = await call_next(ctx)
+        who = ctx.session.client_params
+        if ctx.method == "prompts/list" and who and who.client_info.name == "claude-code" and isinstance(result, dict):
+            found = await in_thread(lambda: self.prompts.of(self.prompt_caller(None)))
+            for prompt in cast("list[dict[str, Any]]", result["prompts"]):
+                if known := found.get(prompt["name"]):
+                    prompt["arguments"] = [argument.model_dump(exclude_none=True) for argument in words_of(known)]
+        return result
+
+
+def words_of(prompt: Prompt) -> Sequence[Argument]:
+    """Its arguments for Claude Code (2.1), which gives each word that is typed to the next one and drops the rest.
+
+    So that the whole line arrives, one argument is followed by others for its further words; `_whole` puts them
+    together again. It is the last of those that a user has to give, or else the first; and what could follow it is
+    told in its words.
+    """
+    if not prompt.arguments:
+        return []
+    needed = [place for place, argument in enumerate(prompt.arguments) if argument.required]
+    place = len(prompt.arguments) - 1 if prompt.positional else needed[-1] if needed else 0
+    more = [f"{prompt.arguments[place].name}_{number}" for number in range(2, WORDS_MAX - place + 1)]
+    return [*prompt.arguments[: place + 1], *(Argument(name=name) for name in more)]
+
+
+def _whole(prompt: Prompt, arguments: Mapping[str, str]) -> Mapping[str, str]:
+    """The arguments, with the words of one that came as several put together."""
+    whole = dict(arguments)
+    for argument in prompt.arguments:
+        more = [whole.pop(name) for n in range(2, WORDS_MAX + 1) if (name := f"{argument.name}_{n}") in whole]
+        if more:
+            whole[argument.name] = " ".join([whole.get(argument.name, ""), *more])
+    return whole
 
 
 def shown(prompt: Prompt) -> PromptShown:

@@ -77,6 +77,8 @@ class Prompt:
     description: str
     arguments: Sequence[Argument]
     body: str = field(repr=False)
+    positional: bool = False
+    """Are its arguments told apart by their place alone?"""
 
     def fill(self, given: Mapping[str, str]) -> str:
         """The text with the arguments in place. What is not given is what the placeholder says instead, or nothing."""
@@ -118,12 +120,14 @@ def parse(name: str, data: bytes) -> Prompt:
         head = _head(front)
     if not body.strip():
         raise Broken("has no text")
+    arguments, positional = _arguments(head, body)
     return Prompt(
         name=name,
         title=_line(head.title, 100) or name.replace("-", " ").replace("_", " ").capitalize(),
         description=_line(head.description, 500) or _line(_first_line(body), 200),
-        arguments=_arguments(head, body),
+        arguments=arguments,
         body=body,
+        positional=positional,
     )
 
 
@@ -212,8 +216,11 @@ def _quoted(value: str) -> str:
     return value if value[0] in "\"'|>" else "'" + value.replace("'", "''") + "'"
 
 
-def _arguments(head: _Head, body: str) -> Sequence[Argument]:
-    """Those that are declared, and then those that only the text has; required is what it has nothing in place of."""
+def _arguments(head: _Head, body: str) -> tuple[Sequence[Argument], bool]:
+    """Those that are declared, and then those that only the text has; required is what it has nothing in place of.
+
+    And whether they are the positions of `$1` and its like.
+    """
     found: dict[str, Argument] = {}
     for given in head.arguments:
         if isinstance(given, str):
@@ -230,10 +237,11 @@ def _arguments(head: _Head, body: str) -> Sequence[Argument]:
             whole = True
         else:
             highest = max(highest, int(match["position"]))
-    if not found and (highest or whole):
+    positional = not found and (highest > 0 or whole)
+    if positional:
         hint = _line(head.argument_hint, 200) or None
         if whole and highest <= 1 and len(hints) <= 1:
-            return [Argument(name=ALL_WORDS, description=hint)]
+            return [Argument(name=ALL_WORDS, description=hint)], True
         for position in range(max(highest, len(hints))):
             label = hints[position] if position < len(hints) else ""
             name = re.sub(r"[^A-Za-z0-9_-]+", "-", label).strip("-")[:64]
@@ -241,7 +249,7 @@ def _arguments(head: _Head, body: str) -> Sequence[Argument]:
             found[name] = Argument(name=name, description=_line(label, 100) or None)
     if len(found) > ARGUMENTS_LIMIT:
         raise Broken(f"has more than {ARGUMENTS_LIMIT} arguments")
-    return list(found.values())
+    return list(found.values()), positional
 
 
 def _first_line(body: str) -> str:

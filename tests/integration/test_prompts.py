@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 from mcp import Client, MCPError
-from mcp.types import TextContent
+from mcp.types import Implementation, TextContent
 from starlette.testclient import TestClient
 
 from cloudagent_mcp.doctor import examine
@@ -313,3 +313,21 @@ async def test_completion_is_empty_where_there_is_nothing_to_look_at(world: Worl
     broken = World(world.home, {**world.environment, "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"}).app(tmp_path)
     prompts = Prompts(world.home, broken.operations)
     assert await prompts.complete(broken.local_caller(), "continue-locally", "task", "") == []
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_a_line_that_claude_code_takes_apart_arrives_whole(world: World, mode: Literal["auto", "legacy"]) -> None:
+    own(world, "compare.md", "Compare $1 with $2.")
+    own(world, "plain.md", "No arguments.")
+    typed = "12 and verify it with pytest -q".split()
+    server, who = mcp_server(world.app(), remote=False), Implementation(name="claude-code", version="2.1.330")
+    async with Client(server, mode=mode, client_info=who) as client:
+        found = {prompt.name: prompt.arguments or [] for prompt in (await client.list_prompts()).prompts}
+        assert found["plain"] == [] and [a.required for a in found["fix-issue"][:2]] == [True, False]
+        # As Claude Code does it: the next word for the next name, and what is left is dropped.
+        given = dict(zip((argument.name for argument in found["fix-issue"]), typed, strict=False))
+        assert "bring the fix home: 12 and verify it with pytest -q\n" in await text_of(client, "fix-issue", **given)
+        given = dict(zip((argument.name for argument in found["compare"]), "a b c".split(), strict=False))
+        assert await text_of(client, "compare", **given) == "Compare a with b c."
+        given = dict(zip((argument.name for argument in found["add-tests"]), "the parser".split(), strict=False))
+        assert "for: the parser\n" in await text_of(client, "add-tests", **given)
