@@ -48,11 +48,13 @@ class Bridge(App):
         credentials = arguments_of(self.settings.environment) if self._send_credentials else {}
         own = super().operations
         marks = {name: operation.marked for name, operation in own.items()}
+        of_a_task = frozenset(own["submit_task"].arguments.model_fields)
         return {
             name: RemoteOperation(
                 **{field.name: getattr(operation, field.name) for field in fields(operation)},
                 server=self.server,
                 marks=marks,
+                known=of_a_task | frozenset(operation.arguments.model_fields),
                 credentials=credentials,
             )
             for name, operation in own.items()
@@ -76,6 +78,8 @@ class RemoteOperation(Operation):
 
     server: RemoteServer
     marks: Mapping[str, Any]
+    known: frozenset[str]
+    """The names of its arguments, and of those of a task within them."""
     credentials: Mapping[str, str]
 
     async def call(self, caller: Caller, arguments: Mapping[str, Any]) -> Any:
@@ -101,7 +105,7 @@ class RemoteOperation(Operation):
         return await self._ask(given)
 
     async def _ask(self, given: Mapping[str, Any]) -> Any:
-        said = await self.server.call(self.name, self.marks[self.name], given)
+        said = await self.server.call(self.name, self.marks[self.name], given, known=self.known)
         try:
             return TypeAdapter(self.answer).validate_python(said)
         except ValidationError:
@@ -118,8 +122,9 @@ class RemoteOperation(Operation):
             left = seconds - (time.monotonic() - started)
             if left <= 0:
                 break
+            if found is not before:
+                await _report(caller, started, seconds, [found], found.log[-1] if found.log else "")
             found = await self._ask({**given, "wait_seconds": min(STEP_S, left)})
-            await _report(caller, started, seconds, [found], found.log[-1] if found.log else "")
         return found
 
     async def _wait_for_end(self, caller: Caller, given: Mapping[str, Any], seconds: float) -> Any:

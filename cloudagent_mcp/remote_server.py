@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -66,8 +66,13 @@ class RemoteServer:
             await self._http.aclose()
             self._http = None
 
-    async def call(self, name: str, marked: Marked, arguments: Mapping[str, Any]) -> Any:
-        """What the operation answers there, as plain JSON values. What is None is left out."""
+    async def call(
+        self, name: str, marked: Marked, arguments: Mapping[str, Any], *, known: Container[str] | None = None
+    ) -> Any:
+        """What the operation answers there, as plain JSON values. What is None is left out.
+
+        `known` are the arguments that this version has, also within a task; every one that is sent, where it is None.
+        """
         given = {key: value for key, value in arguments.items() if value is not None}
         path, rest = marked.path, dict(given)
         for key, missing in _NOT_FOUND.items():
@@ -88,8 +93,7 @@ class RemoteServer:
         if isinstance(refused, errors.NoRoute) or response.status_code == 405:
             raise errors.ServerOutdated(f"The cloudagent server does not know {name}: it is older than this program.")
         argument = (refused.field or "").rpartition(".")[2]
-        if isinstance(refused, errors.UnknownArgument) and argument in {*rest, *_inner(rest)}:
-            # It was checked here before it was sent: this version knows it, and the server's does not.
+        if isinstance(refused, errors.UnknownArgument) and (known is None or argument in known):
             raise errors.ServerOutdated(
                 f"The cloudagent server is older than this program and does not know {argument} of {name}.",
                 remedy="Leave it out, or ask the server's operator to update it.",
@@ -264,11 +268,6 @@ def _json_of(response: httpx2.Response) -> Any:
         return json.loads(response.content)
     except (ValueError, RecursionError):
         raise _stranger(response) from None
-
-
-def _inner(arguments: Mapping[str, Any]) -> set[str]:
-    """The names in objects that are arguments."""
-    return {key for value in arguments.values() if isinstance(value, dict) for key in value}  # pyright: ignore[reportUnknownVariableType]
 
 
 def _kinds() -> dict[str, type[errors.CloudAgentError]]:
