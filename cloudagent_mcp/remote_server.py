@@ -201,10 +201,8 @@ class RemoteServer:
         if self._key is None:
             return {}
         key = self._key.get_secret_value().strip()
-        if not re.fullmatch(r"[!-~]+", key):
-            raise errors.Unauthorized(
-                "CLOUDAGENT_API_KEY holds spaces or characters that no key has.", remedy=KEY_REMEDY
-            )
+        if not re.fullmatch(r"[ -~]+", key):
+            raise errors.Unauthorized("CLOUDAGENT_API_KEY holds characters that no key has.", remedy=KEY_REMEDY)
         return {"Authorization": f"Bearer {key}"}
 
 
