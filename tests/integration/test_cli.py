@@ -121,7 +121,8 @@ def test_doctor_has_a_line_a_check_and_a_remedy_for_what_fails(world: World) -> 
     done = ca(world, "doctor", "--json")
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
     assert set(findings) == {
-        "data folder", "database", "queue", "git", "sandbox local", "prices", "agent", "credential", "worker", "prompts",
+        "data folder", "database", "queue", "git", "sandbox local", "prices", "agent", "credential", "worker",
+        "prompts",
     }  # fmt: skip
     assert all(finding["ok"] for finding in findings.values()), findings
     assert done.returncode == 0 and "Claude Code" in findings["agent"]["message"]
