@@ -75,18 +75,21 @@ class RemoteServer:
         """
         given = {key: value for key, value in arguments.items() if value is not None}
         path, rest = marked.path, dict(given)
-        for key, missing in _NOT_FOUND.items():
-            if f"{{{key}}}" in path:
-                value = str(rest.pop(key, ""))
-                if not _ID.fullmatch(value):
-                    raise missing()
-                path = path.replace(f"{{{key}}}", value)
+        for key in re.findall(r"\{(\w+)\}", path):
+            value = str(rest.pop(key, ""))
+            if not _ID.fullmatch(value):
+                raise _NOT_FOUND.get(key, errors.NotFound)()
+            path = path.replace(f"{{{key}}}", value)
         waits = given.get("wait_seconds", given.get("timeout_seconds", WAIT_MAX_S if name == "wait_tasks" else 0))
-        if marked.method in ("GET", "DELETE"):
-            query = {key: str(value).lower() if isinstance(value, bool) else value for key, value in rest.items()}
-            response = await self._send(marked.method, path, waits_s=waits, params=query)
-        else:
-            response = await self._send(marked.method, path, waits_s=waits, json=rest)
+        query = {key: str(value).lower() if isinstance(value, bool) else value for key, value in rest.items()}
+        how: dict[str, Any] = {"params": query} if marked.method in ("GET", "DELETE") else {"json": rest}
+        try:
+            response = await self._send(marked.method, path, waits_s=waits, **how)
+        except errors.ServerUnreachable as error:
+            arrived = not isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout | None)
+            if arrived and not marked.idempotent:
+                error.remedy = "It may have been done all the same: look with list_tasks before you repeat it."
+            raise
         if response.is_success:
             return _json_of(response)
         refused = self._refusal(response)

@@ -199,3 +199,22 @@ async def test_the_key_goes_to_no_server_that_a_redirect_leads_to(tmp_path: Path
             await bridge.server.close()
     assert caught.value.code == "server_unreachable" and "307" in caught.value.message
     assert stolen == []
+
+
+@pytest.mark.parametrize(
+    ("reply", "name", "told"),
+    [(b"", "submit_task", True), (b"", "cancel_task", False), ("closed", "submit_task", False)],
+)
+async def test_a_submit_that_may_have_arrived_is_not_to_be_repeated_blindly(
+    reply: bytes | str, name: str, told: bool, tmp_path: Path
+) -> None:
+    with answering(reply if isinstance(reply, bytes) else b"") as (port, _):
+        address = f"http://127.0.0.1:{port if reply == b'' else 1}"
+        user = {"CLOUDAGENT_URL": address, "CLOUDAGENT_API_KEY": "k", "CLOUDAGENT_HOME": str(tmp_path)}
+        bridge = Bridge(Settings.read(user))
+        asked = {"prompt": "x", "repository": "none"} if name == "submit_task" else {"task_id": "task_x"}
+        with pytest.raises(CloudAgentError) as caught:
+            await bridge.operations[name].call(Caller(local=True, folder=tmp_path), asked)
+        await bridge.server.close()
+    assert caught.value.code == "server_unreachable"
+    assert ("list_tasks before you repeat it" in caught.value.remedy) == told

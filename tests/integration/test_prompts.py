@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -152,7 +153,7 @@ async def test_a_file_that_was_written_for_claude_code_works(
         b"---\narguments: 5\n---\nx",
         b"---\narguments: [{name: 'a b'}]\n---\nx",
         b"---\n" + b"[" * 8000 + b"\n---\nx",
-        b"---\n" + b"a: &a [x,x]\nb: [*a,*a]\n" * 500 + b"---\nx",
+        b"---\n" + b"# a comment\n" * 1000 + b"---\nx",
         b"---\ndescription: {}\n---\nx".replace(b"{}", b"{a: b}"),
         b"---\nx: !!python/object/apply:os.system [id]\narguments: 1\n---\nx",
         b"x" * (FILE_LIMIT + 1),
@@ -170,6 +171,16 @@ async def test_a_file_that_cannot_be_used_is_named_and_breaks_no_list(
     assert caplog.text.count("broken.md in the data folder") == 1
     (finding,) = [found for found in examine(world.settings) if found.name == "prompts"]
     assert not finding.ok and "broken.md in the data folder" in finding.message and finding.remedy
+
+
+async def test_front_matter_is_text_and_nothing_in_it_is_made_or_run(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    for front in (f"x: !!python/object/apply:os.mkdir ['{made}']", f"title: !!python/object/apply:os.mkdir ['{made}']"):
+        with contextlib.suppress(Broken):
+            parse("x", f"---\n{front}\n---\nx".encode())
+    assert not made.exists()
+    prompt = parse("x", b"---\ntitle: no\ndescription: 2026-01-01\n---\nx")
+    assert (prompt.title, prompt.description) == ("no", "2026-01-01")
 
 
 async def test_a_repositorys_files_are_prompts_for_its_user_and_for_nobody_elsewhere(world: World, repo: Path) -> None:
@@ -204,6 +215,9 @@ async def test_nothing_outside_is_read_through_a_repositorys_prompts(world: Worl
     (folder / "link.md").symlink_to(secret)
     (folder / "folder.md").mkdir()
     os.mkfifo(folder / "pipe.md")
+    os.mkfifo(folder / "full.md")
+    writer = os.open(folder / "full.md", os.O_RDWR | os.O_NONBLOCK)
+    os.write(writer, b"Piped.")
     (folder / "device.md").symlink_to("/dev/zero")
     (folder / "notes.txt").write_text("no prompt")
     (folder / "bad name.md").write_text("x")
@@ -217,6 +231,7 @@ async def test_nothing_outside_is_read_through_a_repositorys_prompts(world: Worl
         (repo / depth).unlink()
         moved.rename(repo / depth)
     assert set(await listed(world, repo)) == {*NAMES, "honest"}
+    os.close(writer)
 
 
 async def test_a_user_may_keep_prompts_elsewhere_and_link_them(world: World, tmp_path: Path) -> None:
