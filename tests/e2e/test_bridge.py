@@ -77,6 +77,9 @@ def test_a_slash_command_delegates_to_a_server_elsewhere_and_brings_the_result_h
                 "IS_SANDBOX": "1",
                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
                 "DISABLE_AUTOUPDATER": "1",
+                # On a busy machine it would begin without the server, whose command nobody then knows.
+                "MCP_CONNECTION_NONBLOCKING": "0",
+                "MCP_TIMEOUT": "60000",
             }
             (tmp_path / "elsewhere").mkdir()
 
