@@ -40,6 +40,8 @@ class App:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.keeps_tasks = True
+        """Is the store ours to open? That of a bridge is a server's."""
         self.brief = True
         """Do people wait for what this process does? A worker sets it to False before it opens the store."""
         self.tasks_at_once = 0

@@ -380,7 +380,12 @@ def _shown(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 @ca.command()
-def mcp() -> None:
+@click.option(
+    "--send-credentials",
+    is_flag=True,
+    help="With each task, give the server of CLOUDAGENT_URL your ANTHROPIC_API_KEY and GH_TOKEN or GITHUB_TOKEN.",
+)
+def mcp(send_credentials: bool) -> None:
     """Serve MCP over standard input and output; this is what a client starts."""
     from cloudagent_mcp.app import App
     from cloudagent_mcp.server import mcp_server
@@ -391,7 +396,14 @@ def mcp() -> None:
             "This speaks MCP and waits for a client; add it with `claude mcp add cloudagent -- cloudagent-mcp`.",
             err=True,
         )
-    mcp_server(App(Settings.read()), remote=False).run("stdio")
+    settings = Settings.read()
+    if settings.cloudagent_url is None:
+        app = App(settings)
+    else:
+        from cloudagent_mcp.bridge import Bridge
+
+        app = Bridge(settings, send_credentials=send_credentials)
+    mcp_server(app, remote=False).run("stdio")
 
 
 @ca.command()

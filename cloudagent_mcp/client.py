@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, TypeVar
 
-import httpx2
 from anyio.from_thread import start_blocking_portal
 
-from cloudagent_mcp import apply
 from cloudagent_mcp.app import App
 from cloudagent_mcp.operations import marks_of
 from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.messages import Messages
 from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.tasks import Tasks
+from cloudagent_mcp.remote_server import RemoteServer
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
 from cloudagent_storage.records import ID_LENGTH
 
 MARKS = marks_of(Tasks, Messages, Schedules, Backlog)
 PAGES_SEARCHED = 10
+T = TypeVar("T")
 
 
 class Client(Protocol):
@@ -117,46 +117,19 @@ class LocalClient:
 
 
 class HttpClient:
-    """Works on a server. Raises `ServerUnreachable` when it does not answer."""
+    """Works on a server. Raises what `RemoteServer` raises when it does not answer as one."""
 
     def __init__(self, settings: Settings) -> None:
-        key = settings.cloudagent_api_key.get_secret_value() if settings.cloudagent_api_key else ""
-        self._http = httpx2.Client(
-            base_url=f"{str(settings.cloudagent_url).rstrip('/')}/api/v1",
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=httpx2.Timeout(70.0, connect=5.0),
-        )
-        self._state_folder = settings.cloudagent_home / "apply"
+        self._server = RemoteServer(settings)
+        self._portal_context = start_blocking_portal()
+        self._portal = self._portal_context.__enter__()
 
     def call(self, name: str, /, **arguments: Any) -> dict[str, Any]:
-        marked = MARKS[name]
-        given = {key: value for key, value in arguments.items() if value is not None}
-        path = marked.path.format(**given)
-        rest = {key: value for key, value in given.items() if f"{{{key}}}" not in marked.path}
-        if marked.method in ("GET", "DELETE"):
-            query = {key: str(value).lower() if isinstance(value, bool) else value for key, value in rest.items()}
-            return self._send(marked.method, path, params=query).json()
-        return self._send(marked.method, path, json=rest).json()
+        return self._wait_for(lambda: self._server.call(name, MARKS[name], arguments))
 
     def apply(self, task_id: str, **arguments: Any) -> dict[str, Any]:
-        folder = Path.cwd() / (arguments.get("directory") or ".")
-        if arguments.get("undo"):
-            return apply.undo(folder, task_id=task_id, state_folder=self._state_folder).model_dump(mode="json")
-        task = self.call("get_task", task_id=task_id, log_lines=0)
-        result = self._bundle(task_id, "result")
-        assert result is not None
-        outcome = apply.apply(
-            folder,
-            task_id=task_id,
-            branch=task["branch"],
-            base_sha=task["base_sha"],
-            input_bundle=self._bundle(task_id, "input"),
-            result_bundle=result,
-            state_folder=self._state_folder,
-            dry_run=bool(arguments.get("dry_run")),
-            allow_sensitive=arguments.get("allow_sensitive") or (),
-        )
-        return {"task_id": task_id, "base_sha": task["base_sha"], **outcome.model_dump(mode="json")}
+        done = self._wait_for(lambda: self._server.apply_task(Path.cwd(), MARKS, task_id=task_id, **arguments))
+        return done.model_dump(mode="json")
 
     def resolve(self, prefix: str) -> str:
         bare = prefix.removeprefix("task_")
@@ -176,34 +149,12 @@ class HttpClient:
         return found.pop()
 
     def close(self) -> None:
-        self._http.close()
+        self._portal.call(self._server.close)
+        self._portal_context.__exit__(None, None, None)
 
-    def _bundle(self, task_id: str, kind: Literal["input", "result"]) -> bytes | None:
-        response = self._send("GET", f"/tasks/{task_id}/bundle", params={"kind": kind})
-        return None if response.status_code == 204 else response.content
-
-    def _send(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
+    def _wait_for(self, start: Callable[[], Awaitable[T]]) -> T:
+        future = self._portal.start_task_soon(start)
         try:
-            response = self._http.request(method, path, **arguments)
-        except httpx2.HTTPError as error:
-            raise errors.ServerUnreachable() from error
-        if response.is_success:
-            return response
-        raise _refusal(response)
-
-
-def _refusal(response: httpx2.Response) -> errors.CloudAgentError:
-    """The server's error as the same class that it raised there."""
-    try:
-        said = response.json()
-        kinds = {kind.code: kind for kind in _all_errors(errors.CloudAgentError)}
-        kind = kinds[said["code"]]
-        return kind(said["detail"], remedy=said["remedy"], field=said["field"])
-    except (ValueError, KeyError, TypeError):
-        return errors.ServerUnreachable(
-            f"Whatever answers there is no cloudagent server (status {response.status_code})."
-        )
-
-
-def _all_errors(kind: type[errors.CloudAgentError]) -> list[type[errors.CloudAgentError]]:
-    return [kind, *(found for child in kind.__subclasses__() for found in _all_errors(child))]
+            return future.result()
+        finally:
+            future.cancel()  # who presses Ctrl-C waits no longer

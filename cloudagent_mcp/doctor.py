@@ -9,19 +9,28 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import anyio.to_thread
+from anyio.from_thread import start_blocking_portal
 
 from cloudagent_mcp import __version__
 from cloudagent_mcp.app import App
+from cloudagent_mcp.auth import is_loopback
+from cloudagent_mcp.bridge import Bridge
+from cloudagent_mcp.client import MARKS
 from cloudagent_mcp.embedded import running_worker
+from cloudagent_mcp.prompts import Prompts, built_in
+from cloudagent_mcp.remote_server import RemoteServer, address_of
 from cloudagent_mcp.settings import Settings
 from cloudagent_queue import git
 from cloudagent_queue.agents import open_agent
 from cloudagent_queue.sandboxes.contract import CHECKS, Check, Trial, name_of
 from cloudagent_queue.sandboxes.prices import Prices
 from cloudagent_queue.sandboxes.template import SERVICES
-from cloudagent_storage.errors import CloudAgentError, ProviderBroken, SandboxUnavailable, Unavailable
+from cloudagent_storage.errors import CloudAgentError, InvalidInput, ProviderBroken, SandboxUnavailable, Unavailable
 from cloudagent_storage.records import Record
 
 FREE_BYTES = 1_000_000_000
@@ -40,7 +49,10 @@ class Finding(Record):
 
 
 def examine(settings: Settings) -> Generator[Finding]:
-    """Check everything; one check that fails does not end the others."""
+    """Check everything; one check that fails does not end the others. For a client of a server, that server."""
+    if settings.cloudagent_url is not None:
+        yield from _examine_server(settings)
+        return
     app = App(settings)
     agent = open_agent("claude")
     clouds = [name for name in app.providers if name in SERVICES]
@@ -48,18 +60,71 @@ def examine(settings: Settings) -> Generator[Finding]:
         ("data folder", lambda: _data_folder(settings)),
         ("database", lambda: _database(app)),
         ("queue", lambda: app.queue.check()),
-        ("git", lambda: git.run("--version", folder=Path("/")).text.removeprefix("git ")),
+        ("git", _git),
         *[(f"sandbox {name}", lambda name=name: app.open_provider(name).self_check()) for name in app.providers],
         ("prices", lambda: _prices(app)),
         ("agent", lambda: _agent_in_sandbox(app)),
         ("credential", lambda: _credential(settings, agent.check_credential)),
         ("worker", lambda: _worker(settings)),
+        ("prompts", lambda: _prompts(app)),
     ]
     for name, check in checks:
         yield _find(name, check)
     if clouds:
         yield _template(settings.sandbox_template, clouds[0])
     app.close()
+
+
+def _examine_server(settings: Settings) -> Generator[Finding]:
+    """What a client of that server needs: the rest is done there, and `ca doctor` there checks it."""
+    server, bridge = RemoteServer(settings), Bridge(settings)
+    checks: list[tuple[str, Callable[[], Awaitable[str]]]] = [
+        ("data folder", lambda: _in_thread(_data_folder, settings)),
+        ("git", lambda: _in_thread(_git)),
+        ("server", lambda: _server(settings, server)),
+        ("key", lambda: _key(server)),
+        ("prompts", lambda: _in_thread(_prompts, bridge)),
+    ]
+    with start_blocking_portal() as portal:
+        for name, check in checks:
+            yield _find(name, lambda check=check: portal.call(check))
+        portal.call(server.close)
+
+
+async def _server(settings: Settings, server: RemoteServer) -> str:
+    version = (await server.health()).version
+    url = urlsplit(address_of(settings.cloudagent_url or ""))
+    said = f"{url.scheme}://{url.netloc}, version {version}"
+    if version != __version__:
+        said += f" (here: {__version__}; update the older one if a call says server_outdated)"
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
+        said += "; without https others on the way can read the key"
+    return said
+
+
+async def _key(server: RemoteServer) -> str:
+    page = await server.call("list_tasks", MARKS["list_tasks"], {"limit": 1})
+    return f"accepted; {page['total']} tasks are its account's"
+
+
+async def _in_thread(check: Callable[..., str], *arguments: object) -> str:
+    return await anyio.to_thread.run_sync(check, *arguments)
+
+
+def _git() -> str:
+    return git.run("--version", folder=Path("/")).text.removeprefix("git ")
+
+
+def _prompts(app: App) -> str:
+    prompts, caller = Prompts(app.settings.cloudagent_home, app.operations), app.local_caller()
+    if broken := prompts.broken(caller):
+        more = f" And {len(broken) - 5} more." if len(broken) > 5 else ""
+        raise InvalidInput(
+            f"{'; '.join(broken[:5])}.{more}",
+            remedy="Mend or remove them; the README, section Prompts, has their form.",
+        )
+    own = len(prompts.of(caller)) - len(built_in())
+    return f"{len(built_in())} built in, {own} of your own"
 
 
 def examine_provider(settings: Settings, name: str) -> Generator[Finding]:

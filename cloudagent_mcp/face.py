@@ -1,4 +1,4 @@
-"""The SDK's server, with handlers that know who asks: its own for resources and completion are not told."""
+"""The SDK's server, with handlers that know who asks: its own for prompts, resources and completion are not told."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from mcp.shared.exceptions import MCPError
 from mcp.types import (
     CompleteRequestParams,
     CompleteResult,
+    GetPromptRequestParams,
+    GetPromptResult,
     InputRequiredResult,
+    ListPromptsResult,
     ListResourcesResult,
     ListResourceTemplatesResult,
     PaginatedRequestParams,
+    PromptMessage,
     ReadResourceRequestParams,
     ReadResourceResult,
     SubscriptionsListenRequestParams,
+    TextContent,
 )
 from mcp.types import Completion as Completed
 from mcp_types.jsonrpc import INTERNAL_ERROR, INVALID_PARAMS
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from cloudagent_mcp.completion import MAX, Completion
-from cloudagent_mcp.operations import Caller
+from cloudagent_mcp.operations import Caller, in_thread
+from cloudagent_mcp.prompts import Prompts, shown
 from cloudagent_mcp.resources import TEMPLATES, Resources
 from cloudagent_mcp.subscriptions import Listening
 from cloudagent_mcp.tasks_extension import RequestContext, TasksExtension
@@ -62,18 +68,20 @@ class Face(MCPServer[Any]):
         *,
         caller: Callable[[RequestContext], Caller],
         resources: Resources,
+        prompts: Prompts,
         completion: Completion,
-        store: Callable[[], Store],
+        store: Callable[[], Store] | None,
         tasks: TasksExtension | None = None,
         request_state: RequestStateCodec | None = None,
         extensions: Sequence[Extension] = (),
         **sdk: Any,
     ) -> None:
-        """`caller` says who asks. `request_state` is shared by the processes behind one address: any of them can go on
+        """`caller` says who asks. Without a `store` nobody is told of changes. `request_state` is shared by the processes behind one address: any of them can go on
         with what another has begun, on behalf of the same account only.
         """
         self._caller = caller
         self._own_resources = resources
+        self._own_prompts = prompts
         self._own_completion = completion
         security = None
         if request_state is not None:
@@ -117,6 +125,26 @@ class Face(MCPServer[Any]):
             if error.code != INVALID_PARAMS or ctx.protocol_version in MODERN_PROTOCOL_VERSIONS:
                 raise
             raise MCPError(NOT_THERE_BEFORE_2026, error.message, error.error.data) from None
+
+    async def _handle_list_prompts(
+        self, ctx: RequestContext, params: PaginatedRequestParams | None
+    ) -> ListPromptsResult:
+        caller, who = self._caller(ctx), ctx.session.client_params
+        own = await in_thread(lambda: self._own_prompts.of(caller))
+        client = None if who is None else who.client_info.name
+        return ListPromptsResult(
+            prompts=[*(shown(prompt, client=client) for prompt in own.values()), *await self.list_prompts()]
+        )
+
+    async def _handle_get_prompt(
+        self, ctx: RequestContext, params: GetPromptRequestParams
+    ) -> GetPromptResult | InputRequiredResult:
+        if params.name in {prompt.name for prompt in await self.list_prompts()}:
+            return await super()._handle_get_prompt(ctx, params)
+        caller = self._caller(ctx)
+        prompt, text = await in_thread(lambda: self._own_prompts.fill(caller, params.name, params.arguments or {}))
+        message = PromptMessage(role="user", content=TextContent(type="text", text=text))
+        return GetPromptResult(description=prompt.description, messages=[message])
 
     async def _handle_complete(self, ctx: RequestContext, params: CompleteRequestParams) -> CompleteResult:
         try:

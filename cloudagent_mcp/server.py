@@ -22,6 +22,7 @@ from cloudagent_mcp.auth import Guard, allowed_hosts
 from cloudagent_mcp.completion import Completion
 from cloudagent_mcp.face import Face
 from cloudagent_mcp.operations import Caller
+from cloudagent_mcp.prompts import Prompts
 from cloudagent_mcp.request_state import SharedRequestState
 from cloudagent_mcp.resources import Resources
 from cloudagent_mcp.rest import make_routes, problem
@@ -53,6 +54,7 @@ def mcp_server(app: App, *, remote: bool) -> Face:
         request: Request = ctx.request  # pyright: ignore[reportAssignmentType]
         return app.remote_caller(request.state.account_id, operator=request.state.operator)
 
+    prompts = Prompts(app.settings.cloudagent_home, app.operations)
     return Face(
         name="cloudagent",
         title="cloudagent",
@@ -61,9 +63,10 @@ def mcp_server(app: App, *, remote: bool) -> Face:
         caller=caller,
         tools=make_tools(app.operations.values(), lambda context: caller(context.request_context)),
         resources=Resources(app.operations),
-        completion=Completion(app.operations),
+        prompts=prompts,
+        completion=Completion(app.operations, prompts.complete),
         tasks=TasksExtension(AgentTasks(app.operations, caller)),
-        store=lambda: app.store,
+        store=(lambda: app.store) if app.keeps_tasks else None,
         request_state=SharedRequestState(lambda: app.settings.keyring),
         log_level="WARNING",
     )

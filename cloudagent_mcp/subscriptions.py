@@ -60,7 +60,7 @@ class Listening:
 
     def __init__(
         self,
-        store: Callable[[], Store],
+        store: Callable[[], Store] | None,
         caller: Callable[[RequestContext], Caller],
         bus: SubscriptionBus,
         tasks: TasksExtension | None,
@@ -115,7 +115,7 @@ class _Stream:
         self._changed = asyncio.Event()
         self._pending: dict[ServerEvent, None] = {}
 
-    async def serve(self, open_store: Callable[[], Store], caller: Caller, bus: SubscriptionBus) -> None:
+    async def serve(self, open_store: Callable[[], Store] | None, caller: Caller, bus: SubscriptionBus) -> None:
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
@@ -123,7 +123,7 @@ class _Stream:
                 loop.call_soon_threadsafe(self._changed.set)
 
         followed = {*self._task_ids, *(address.id for address in self._addresses.values() if address is not None)}
-        if not followed:
+        if not followed or open_store is None:  # without a store nothing is known, and the acknowledgement says so
             await self._serve(None, {}, bus)
             return
         store = await in_thread(open_store)

@@ -38,6 +38,8 @@ _EXECUTES: Sequence[str] = (
     *[".npmrc", ".yarnrc*", "pip.conf", "*.pth", "sitecustomize.py", "usercustomize.py"],
     # What later tasks run before their agents, reach, and are verified by.
     ".cloudagent.toml",
+    # What becomes a command of its user's.
+    ".cloudagent/prompts",
 )
 _ORDINARY_WORK: Sequence[str] = ("conftest.py", "setup.py", "makefile", "gnumakefile", "package.json")
 

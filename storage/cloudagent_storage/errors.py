@@ -11,6 +11,7 @@
       - InvalidCron, NeverFires, TooFrequent, UnknownTimezone
     + repository
       - RepositoryNotAllowed, RepositoryNotFound, RepositoryUnreachable, RepositoryEmpty, CredentialsInUrl
+      - RepositoryNotPushed
       - InvalidRef, RefNotFound, RepositoryTooLarge, InvalidRepositoryConfig
   x NotFound
     + TaskNotFound, ScheduleNotFound, KeyNotFound, AmbiguousId, NoRoute
@@ -25,7 +26,7 @@
   x Unavailable                 something we depend on does not answer
     + DatabaseUnavailable       whatever was to be done may be tried again
       - DatabaseBusy, StorageFull
-    + QueueUnavailable, ServerUnreachable, GitMissing, PortTaken
+    + QueueUnavailable, ServerUnreachable, ServerOutdated, GitMissing, PortTaken
     + ProviderBroken            its sandboxes do not do what the contract of all providers asks for
     + SandboxUnavailable        no sandbox can be made at all
       - ProviderBusy            not now: later, or by another provider
@@ -227,6 +228,14 @@ class RepositoryUnreachable(InvalidInput):
 
     code = "repository_unreachable"
     remedy = "Check the address and your access to it with `git ls-remote`."
+    field = "repository"
+
+
+class RepositoryNotPushed(InvalidInput):
+    """The server cannot fetch what is here: some of it is on this machine alone."""
+
+    code = "repository_not_pushed"
+    remedy = "Commit and push it; or pass base_ref to start from a commit that is pushed, or repository=none."
     field = "repository"
 
 
@@ -505,6 +514,13 @@ class ServerUnreachable(Unavailable):
 
     code = "server_unreachable"
     remedy = "Check CLOUDAGENT_URL, and that `ca serve` runs there."
+
+
+class ServerOutdated(Unavailable):
+    """The cloudagent server is older than this program."""
+
+    code = "server_outdated"
+    remedy = "Ask its operator to update it; `ca doctor` tells both versions."
 
 
 class GitMissing(Unavailable):

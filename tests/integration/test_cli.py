@@ -122,6 +122,7 @@ def test_doctor_has_a_line_a_check_and_a_remedy_for_what_fails(world: World) -> 
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
     assert set(findings) == {
         "data folder", "database", "queue", "git", "sandbox local", "prices", "agent", "credential", "worker",
+        "prompts",
     }  # fmt: skip
     assert all(finding["ok"] for finding in findings.values()), findings
     assert done.returncode == 0 and "Claude Code" in findings["agent"]["message"]

@@ -2,6 +2,7 @@
 
 address.py       which addresses and refs are accepted
 working_tree.py  a folder of the user's, with what is not committed yet -> bundle
+pushed.py        what of a folder a server elsewhere can fetch
 source.py        what goes in with a task at its submit
 config.py        what a repository says of itself in `.cloudagent.toml`
 manifests.py     what its set-up depends on
@@ -15,6 +16,7 @@ from cloudagent_queue.repository.address import check_address, check_ref, is_rem
 from cloudagent_queue.repository.bundles import ChangedFile, Changes, Quarantine, inspect
 from cloudagent_queue.repository.config import RepositoryConfig, read_config
 from cloudagent_queue.repository.manifests import setup_key
+from cloudagent_queue.repository.pushed import Pushed, find_pushed
 from cloudagent_queue.repository.remote import Fetched, fetch
 from cloudagent_queue.repository.sandbox import check_out, checkpoint, collect, restore, run_setup, verify
 from cloudagent_queue.repository.source import Source, read_source
@@ -25,6 +27,7 @@ __all__ = [
     "Changes",
     "Fetched",
     "LocalRepository",
+    "Pushed",
     "Quarantine",
     "RepositoryConfig",
     "Source",
@@ -36,6 +39,7 @@ __all__ = [
     "checkpoint",
     "collect",
     "fetch",
+    "find_pushed",
     "inspect",
     "is_remote",
     "origin_of",

@@ -166,7 +166,7 @@ def bundle_working_tree(folder: Path, *, base_ref: str | None) -> WorkingTree:
         base, left_out = head, list[str]()
         committed = tree = repository.run("rev-parse", f"{head}^{{tree}}").text
         if base_ref is None and not repository.bare:
-            left_out = _to_leave_out(repository)
+            left_out = to_leave_out(repository)
             tree = repository.snapshot(Path(temporary), leave_out=left_out, env=scratch.env)
         run = functools.partial(repository.run, env=scratch.env)
         config, manifests = config_in(run, tree), manifests_in(run, tree)
@@ -242,7 +242,7 @@ def _resolve(repository: LocalRepository, ref: str) -> str:
     raise RefNotFound(remedy=near_names(ref, names))
 
 
-def _to_leave_out(repository: LocalRepository) -> list[str]:
+def to_leave_out(repository: LocalRepository) -> list[str]:
     """Files that git does not know yet and that look like secrets, and repositories nested in this one."""
     untracked = repository.untracked()
     size = sum((repository.top / path).lstat().st_size for path in untracked if (repository.top / path).is_file())

@@ -1,0 +1,279 @@
+"""A cloudagent server elsewhere, over REST: the operations by name, with every way that a server can fail told apart.
+
+The one place that speaks to it: `ca` and the bridge both stand on this.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
+from urllib.parse import urlsplit
+
+import anyio
+import httpx2
+
+from cloudagent_mcp import apply
+from cloudagent_mcp.operations import Marked, in_thread
+from cloudagent_mcp.operations.tasks import WAIT_MAX_S, Applied
+from cloudagent_mcp.settings import Settings
+from cloudagent_mcp.untrusted import clean, cut
+from cloudagent_queue.repository.bundles import BUNDLE_LIMIT
+from cloudagent_storage import errors
+
+CONNECT_S = 5.0
+SILENT_S = 15.0
+"""How long a server may say nothing, beyond the time that it was asked to wait."""
+DOWNLOAD_S = 900.0
+"""For a whole bundle, as long as it keeps coming."""
+ANSWER_LIMIT = 64 * 1024 * 1024
+KEY_REMEDY = "Set it to a key that `ca key create` printed, or to the server's own, which `ca serve` printed."
+_ID = re.compile(r"[A-Za-z0-9_]{1,200}")
+_NOT_FOUND = {"task_id": errors.TaskNotFound, "schedule_id": errors.ScheduleNotFound}
+
+
+class Health(NamedTuple):
+    """What a server says to whoever has no key."""
+
+    version: str
+
+
+class RemoteServer:
+    """The server that `CLOUDAGENT_URL` names. Nothing is sent before the first call, which says what is wrong.
+
+    Every call raises the errors that the server raises, and `ServerUnreachable`, `ServerOutdated`, `Unauthorized`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._url = (settings.cloudagent_url or "").strip()
+        self._key = settings.cloudagent_api_key
+        self._state_folder = settings.cloudagent_home / "apply"
+        self._http: httpx2.AsyncClient | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.aclose()
+            self._http = None
+
+    async def call(
+        self, name: str, marked: Marked, arguments: Mapping[str, Any], *, known: Container[str] | None = None
+    ) -> Any:
+        """What the operation answers there, as plain JSON values. What is None is left out.
+
+        `known` are the arguments that this version has, also within a task; every one that is sent, where it is None.
+        """
+        given = {key: value for key, value in arguments.items() if value is not None}
+        path, rest = marked.path, dict(given)
+        for key in re.findall(r"\{(\w+)\}", path):
+            value = str(rest.pop(key, ""))
+            if not _ID.fullmatch(value):
+                raise _NOT_FOUND.get(key, errors.NotFound)()
+            path = path.replace(f"{{{key}}}", value)
+        waits = given.get("wait_seconds", given.get("timeout_seconds", WAIT_MAX_S if name == "wait_tasks" else 0))
+        query = {key: str(value).lower() if isinstance(value, bool) else value for key, value in rest.items()}
+        how: dict[str, Any] = {"params": query} if marked.method in ("GET", "DELETE") else {"json": rest}
+        try:
+            response = await self._send(marked.method, path, waits_s=waits, **how)
+        except errors.ServerUnreachable as error:
+            arrived = not isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout | None)
+            if arrived and not marked.idempotent:
+                error.remedy = "It may have been done all the same: look with list_tasks before you repeat it."
+            raise
+        if response.is_success:
+            return _json_of(response)
+        refused = self._refusal(response)
+        if isinstance(refused, errors.NoRoute) or response.status_code == 405:
+            raise errors.ServerOutdated(f"The cloudagent server does not know {name}: it is older than this program.")
+        argument = (refused.field or "").rpartition(".")[2]
+        if isinstance(refused, errors.UnknownArgument) and (known is None or argument in known):
+            raise errors.ServerOutdated(
+                f"The cloudagent server is older than this program and does not know {argument} of {name}.",
+                remedy="Leave it out, or ask the server's operator to update it.",
+                field=refused.field,
+            )
+        raise refused
+
+    async def apply_task(self, folder: Path, marks: Mapping[str, Marked], *, task_id: str, **arguments: Any) -> Applied:
+        """`apply_task` in a folder of this machine, of a task that the server keeps."""
+        folder = folder / (arguments.get("directory") or ".")
+        if arguments.get("undo"):
+            done = await in_thread(lambda: apply.undo(folder, task_id=task_id, state_folder=self._state_folder))
+            return Applied.model_validate({"task_id": task_id, **done.model_dump()})
+        task = await self.call("get_task", marks["get_task"], {"task_id": task_id, "log_lines": 0})
+        result, given = await self._bundle(task_id, "result"), await self._bundle(task_id, "input")
+        if result is None or task["base_sha"] is None:
+            raise errors.NoChanges()
+        outcome = await in_thread(
+            lambda: apply.apply(
+                folder,
+                task_id=task_id,
+                branch=task["branch"],
+                base_sha=task["base_sha"],
+                input_bundle=given,
+                result_bundle=result,
+                state_folder=self._state_folder,
+                dry_run=bool(arguments.get("dry_run")),
+                allow_sensitive=arguments.get("allow_sensitive") or (),
+            )
+        )
+        return Applied.model_validate({"task_id": task_id, "base_sha": task["base_sha"], **outcome.model_dump()})
+
+    async def health(self) -> Health:
+        """Whether it is there, for `ca doctor`; no key is sent."""
+        response = await self._send("GET", "/health", below="", keyless=True)
+        if not response.is_success:
+            raise refusal(response)
+        try:
+            return Health(cut(clean(_json_of(response)["version"]), 50) or "")
+        except (KeyError, TypeError, AttributeError):
+            raise _stranger(response) from None
+
+    async def _bundle(self, task_id: str, kind: Literal["input", "result"]) -> bytes | None:
+        response = await self._send(
+            "GET", f"/tasks/{task_id}/bundle", params={"kind": kind}, within_s=DOWNLOAD_S, limit=BUNDLE_LIMIT
+        )
+        if not response.is_success:
+            raise self._refusal(response)
+        return None if response.status_code == 204 else response.content
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        below: str = "/api/v1",
+        waits_s: float = 0.0,
+        within_s: float | None = None,
+        limit: int = ANSWER_LIMIT,
+        keyless: bool = False,
+        **arguments: Any,
+    ) -> httpx2.Response:
+        """The whole answer, whatever its status. Raises `ServerUnreachable` when there is none in time."""
+        base, headers = address_of(self._url), {} if keyless else self._headers()
+        if self._http is None:
+            # Redirects are not followed: they would take the key, or a prompt, to wherever they lead.
+            self._http = httpx2.AsyncClient(follow_redirects=False)
+        silent = SILENT_S + waits_s
+        request = self._http.build_request(
+            method,
+            f"{base}{below}{path}",
+            headers={"Accept": "application/json", **headers},
+            timeout=httpx2.Timeout(silent, connect=CONNECT_S),
+            **arguments,
+        )
+        try:
+            # One that sends a byte now and then would never be silent.
+            with anyio.fail_after(within_s or CONNECT_S + 2 * silent):
+                response = await self._http.send(request, stream=True)
+                try:
+                    content = bytearray()
+                    async for part in response.aiter_bytes():
+                        content += part
+                        if len(content) > limit:
+                            raise _stranger(response)
+                finally:
+                    await response.aclose()
+        except (httpx2.TimeoutException, TimeoutError) as error:
+            raise errors.ServerUnreachable("The cloudagent server did not answer in time.") from error
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            raise errors.ServerUnreachable() from error
+        # Without the headers that tell how it was packed: it is unpacked.
+        kept = {name: response.headers[name] for name in ("content-type",) if name in response.headers}
+        return httpx2.Response(response.status_code, headers=kept, content=bytes(content))
+
+    def _refusal(self, response: httpx2.Response) -> errors.CloudAgentError:
+        refused = refusal(response)
+        if not isinstance(refused, errors.Unauthorized):
+            return refused
+        if self._key is None:
+            return errors.Unauthorized("CLOUDAGENT_API_KEY is not set, and the server wants a key.", remedy=KEY_REMEDY)
+        return errors.Unauthorized("The server does not take the key in CLOUDAGENT_API_KEY.", remedy=KEY_REMEDY)
+
+    def _headers(self) -> dict[str, str]:
+        if self._key is None:
+            return {}
+        key = self._key.get_secret_value().strip()
+        if not re.fullmatch(r"[ -~]+", key):
+            raise errors.Unauthorized("CLOUDAGENT_API_KEY holds characters that no key has.", remedy=KEY_REMEDY)
+        return {"Authorization": f"Bearer {key}"}
+
+
+def address_of(url: str) -> str:
+    """The server's address, without what people paste along with it. Raises `ServerUnreachable` for what is none."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable, parts = False, urlsplit("")
+    if not usable or "@" in parts.netloc or parts.query or parts.fragment or not url.isprintable() or " " in url:
+        raise errors.ServerUnreachable(
+            "CLOUDAGENT_URL is not the address of a server.",
+            remedy="Set it to what `ca serve` printed, such as https://agents.example.com, without user or key.",
+        )
+    path = parts.path.rstrip("/")
+    for ending in ("/mcp", "/api/v1"):
+        path = path.removesuffix(ending)
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def refusal(response: httpx2.Response) -> errors.CloudAgentError:
+    """The server's error as the same class that it raised there; or what else it is that answers."""
+    try:
+        said = json.loads(response.content)
+        code, detail, remedy, field = (said[name] for name in ("code", "detail", "remedy", "field"))
+        texts = [cut(clean(text), 2000) or "" for text in (detail, remedy)]
+        kind = _kinds().get(code)
+        if kind is None:
+            # Of a server that is newer than this program.
+            kind = type("FromServer", (errors.CloudAgentError,), {"code": cut(clean(code), 100)})
+        error = kind(texts[0], remedy=texts[1])
+        error.field = None if field is None else cut(clean(field), 200)
+        return error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _stranger(response)
+
+
+def _stranger(response: httpx2.Response) -> errors.ServerUnreachable:
+    """Whatever answered is no cloudagent server; what it says is not repeated."""
+    status = response.status_code
+    if response.is_redirect or 300 <= status < 400:
+        return errors.ServerUnreachable(
+            f"What answers at CLOUDAGENT_URL sends elsewhere (status {status}), and nothing was sent there.",
+            remedy="Set CLOUDAGENT_URL to the address that it leads to, often the same with https://.",
+        )
+    if status in (401, 403, 407):
+        what = "Something in front of the server, such as a proxy, refuses"
+    elif status >= 500:
+        what = "Something in front of the server cannot reach it"
+    else:
+        what = "What answers at CLOUDAGENT_URL is no cloudagent server"
+    return errors.ServerUnreachable(
+        f"{what} (status {status})." if status >= 300 else f"{what}.",
+        remedy="Check CLOUDAGENT_URL, that `ca serve` runs there, and what stands in between; `ca doctor` tells more.",
+    )
+
+
+def _json_of(response: httpx2.Response) -> Any:
+    try:
+        return json.loads(response.content)
+    except (ValueError, RecursionError):
+        raise _stranger(response) from None
+
+
+def _kinds() -> dict[str, type[errors.CloudAgentError]]:
+    return {kind.code: kind for kind in reversed(_with_children(errors.CloudAgentError))}
+
+
+def _with_children(kind: type[errors.CloudAgentError]) -> list[type[errors.CloudAgentError]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in _with_children(child))]
