@@ -52,7 +52,8 @@ class Messages:
     ) -> Sent:
         """Answer an agent's question, or tell it something.
 
-        What is no answer it reads at its next turn; before it has started it is kept until then. With a `question_id` it is safe to repeat.
+        What is no answer it reads at its next turn; before it has started it is kept until then. With a `question_id`
+        it is safe to repeat.
         Raises `TaskNotFound`, `TaskEnded`, `QuestionClosed`.
         """
         if not message.strip():
