@@ -48,11 +48,12 @@ class Messages:
         *,
         task_id: TaskId,
         message: Annotated[str, Field(min_length=1, max_length=MESSAGE_MAX)],
-        question_id: Annotated[str | None, Field(max_length=40, description="Answer this question or none.")] = None,
+        question_id: Annotated[str | None, Field(max_length=40, description="Answer this one or none.")] = None,
     ) -> Sent:
-        """Answer a waiting task's question, or tell its agent something for its next turn.
+        """Answer an agent's question, or tell it something.
 
-        Before the agent has started it is kept until then. With a `question_id` it is safe to repeat.
+        What is no answer it reads at its next turn; before it has started it is kept until then. With a `question_id`
+        it is safe to repeat.
         Raises `TaskNotFound`, `TaskEnded`, `QuestionClosed`.
         """
         if not message.strip():
@@ -64,7 +65,7 @@ class Messages:
 
     @operation("GET", "/questions", title="List agents' questions", read_only=True, idempotent=True)
     def list_pending_questions(self, caller: Caller) -> QuestionList:
-        """What the agents of your waiting tasks ask you."""
+        """What your tasks' agents ask you."""
         found = self._store().messages.pending(caller.account_id, limit=QUESTIONS_SHOWN + 1)
         return QuestionList(
             questions=tuple(

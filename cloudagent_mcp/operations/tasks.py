@@ -418,7 +418,7 @@ class Tasks:
                 max_length=2000, description="Files that can make a machine execute things, each named by your user."
             ),
         ] = [],  # noqa: B006
-        undo: Annotated[bool, Field(description="Take an applied result back, exactly.")] = False,
+        undo: Annotated[bool, Field(description="Take an applied result back.")] = False,
     ) -> Applied:
         """Write a task's changes into a working tree: all or nothing, never over changes of your own, with a backup.
 

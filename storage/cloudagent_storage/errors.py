@@ -16,8 +16,7 @@
   x NotFound
     + TaskNotFound, ScheduleNotFound, KeyNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
-    + NotReady, NoChanges, AlreadyApplied, NothingToUndo, Busy
-    + TaskEnded, QuestionClosed
+    + NotReady, TaskEnded, QuestionClosed, NoChanges, AlreadyApplied, NothingToUndo, Busy
     + TaskExpired
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
     + LimitReached
@@ -421,8 +420,7 @@ class ConfirmationNeeded(NotNow):
     code = "confirmation_needed"
     remedy = "Ask your user to read their diff; then name each in allow_sensitive."
     field = "allow_sensitive"
-    files: tuple[str, ...] = ()
-    """Their paths, as far as whoever refuses knows them."""
+    files: tuple[str, ...] = ()  # as far as whoever refuses knows them
 
 
 class TargetNotAllowed(NotNow):

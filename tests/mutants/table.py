@@ -17,6 +17,7 @@ SWEEP = "tests/integration/test_worker.py"
 BACKLOG = "tests/contracts/test_store_backlog.py"
 PROCESSES = "tests/faults/test_workers.py"
 QUESTIONS = "tests/contracts/test_store_questions.py"
+WAITING = "tests/faults/test_questions.py"
 SANDBOXES = "tests/faults/test_sandboxes.py"
 CLOUD = "tests/cloud"
 CLOUD_TASKS = "tests/faults/test_cloud.py"
@@ -575,10 +576,7 @@ MUTANTS = (
         f"{QUEUE}/talk.py",
         "        if fresh:\n",
         "        if not at:\n",
-        (
-            "tests/faults/test_questions.py"
-            "::test_the_question_of_a_sandbox_that_dies_is_void_and_the_next_agent_asks_anew[sqlite]",
-        ),
+        (f"{WAITING}::test_the_question_of_a_sandbox_that_dies_is_void_and_the_next_agent_asks_anew[sqlite]",),
         fast=False,
     ),
     Mutant(
@@ -586,7 +584,7 @@ MUTANTS = (
         f"{QUEUE}/attempt.py",
         "started, last_event = started + now - before, now",
         "last_event = now",
-        ("tests/faults/test_questions.py::test_waiting_counts_toward_no_limit",),
+        (f"{WAITING}::test_waiting_counts_toward_no_limit",),
         fast=False,
     ),
     Mutant(
