@@ -48,12 +48,15 @@ NOT_THERE_BEFORE_2026 = -32002
 REFUSED = -32000
 """Of a resource that is there and cannot be read now; the error's data says why and what to do."""
 
+ANSWER_WITHIN_S = 3600.0
+"""How long a person may take to answer what a call asks: longer than an agent waits for it."""
+
 LISTS = CacheHint(ttl_ms=300_000, scope="private")
 """What changes with a new version of the server, or seldom. Private: a list may depend on who asks."""
 CACHE: dict[CacheableMethod, CacheHint] = {
     "server/discover": LISTS,
     "tools/list": LISTS,
-    "prompts/list": CacheHint(ttl_ms=10_000, scope="private"),
+    "prompts/list": CacheHint(ttl_ms=0, scope="private"),  # files come and go
     "resources/templates/list": LISTS,
     "resources/list": CacheHint(ttl_ms=1000, scope="private"),
     "resources/read": CacheHint(ttl_ms=1000, scope="private"),
@@ -76,8 +79,10 @@ class Face(MCPServer[Any]):
         extensions: Sequence[Extension] = (),
         **sdk: Any,
     ) -> None:
-        """`caller` says who asks. Without a `store` nobody is told of changes. `request_state` is shared by the processes behind one address: any of them can go on
-        with what another has begun, on behalf of the same account only.
+        """`caller` says who asks. Without a `store` nobody is told of changes.
+
+        `request_state` is shared by the processes behind one address: any of them can go on with what another has
+        begun, on behalf of the same account only.
         """
         self._caller = caller
         self._own_resources = resources
@@ -85,7 +90,9 @@ class Face(MCPServer[Any]):
         self._own_completion = completion
         security = None
         if request_state is not None:
-            security = RequestStateSecurity(codec=request_state, bind_principal=lambda ctx: caller(ctx).account_id)
+            security = RequestStateSecurity(
+                codec=request_state, ttl=ANSWER_WITHIN_S, bind_principal=lambda ctx: caller(ctx).account_id
+            )
         bus = InMemorySubscriptionBus()
         super().__init__(
             cache_hints=CACHE,
