@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Generator
@@ -15,28 +14,15 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
 from cloudagent_mcp import __version__
-from cloudagent_mcp.embedded import only_worker
+from tests.support.served import KEY, served
 from tests.support.worlds import World
-
-KEY = "a-key-for-the-tests"
 
 
 @pytest.fixture
 def url(world: World) -> Generator[str]:
-    """A running server's address. It looks as if a worker ran, so that tasks stay queued."""
-    with only_worker(world.home, version=__version__):
-        server = subprocess.Popen(
-            [sys.executable, "-m", "cloudagent_mcp", "serve", "--port", "0"],
-            env={**world.environment, "ADMIN_API_KEY": KEY},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert server.stdout is not None
-        with server.stdout as printed:
-            yield printed.readline().split("MCP at ")[1].split("/mcp ")[0]
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(15) in (0, -signal.SIGTERM)
+    """A running server's address. Tasks stay queued."""
+    with served(world) as url:
+        yield url
 
 
 @pytest.mark.anyio
