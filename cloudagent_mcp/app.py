@@ -15,6 +15,7 @@ from cloudagent_mcp import __version__
 from cloudagent_mcp.operations import Caller, Operation, operations_of
 from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.credentials import Credentials
+from cloudagent_mcp.operations.delegation import Delegation
 from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.submission import Allowed
 from cloudagent_mcp.operations.tasks import Tasks
@@ -115,7 +116,9 @@ class App:
 
     @cached_property
     def operations(self) -> dict[str, Operation]:
-        return operations_of(self.tasks, self.schedules, Backlog(lambda: self.store))
+        own = operations_of(self.tasks)
+        delegation = Delegation(own["submit_task"], own["get_task"])
+        return {**own, **operations_of(delegation, self.schedules, Backlog(lambda: self.store))}
 
     def local_caller(self) -> Caller:
         """The user of this machine, working in the current folder."""

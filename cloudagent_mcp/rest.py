@@ -55,8 +55,12 @@ def make_routes(
     caller: Callable[[Request], Caller],
     bundle: Callable[[Caller, str, Any], bytes | None],
 ) -> list[Route]:
-    """A route for every operation, and the downloads of a task's bundles. `caller` authenticates, or raises."""
-    return [_route(operation, caller) for operation in operations] + [_bundle_route(caller, bundle)]
+    """A route for every operation that has one, and the downloads of a task's bundles.
+
+    `caller` authenticates, or raises.
+    """
+    routes = [_route(operation, caller) for operation in operations if operation.marked.path]
+    return [*routes, _bundle_route(caller, bundle)]
 
 
 def _route(operation: Operation, caller: Callable[[Request], Caller]) -> Route:

@@ -16,6 +16,7 @@ from mcp.types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import Field, TypeAdapter
 
 from cloudagent_mcp.operations import Caller, Operation, plain_schema
+from cloudagent_mcp.operations.delegation import Delegated
 from cloudagent_mcp.operations.diffs import Diff
 from cloudagent_mcp.operations.tasks import TaskList
 from cloudagent_mcp.untrusted import clean, cut, fence
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 ANSWER_MAX = 30_000
 """Characters: under 10,000 tokens, so that no answer floods the context that asked for it."""
 TEXT_ANSWERS = (LogPage, Diff)
+ONLY_REST = {"get_task_logs": ("raw", "tail"), "list_tasks": ("offset",)}
+"""Arguments that models are not told of."""
 
 
 class OperationTool(Tool):
@@ -42,7 +45,8 @@ class OperationTool(Tool):
         return plain_schema(TypeAdapter(self.operation.answer).json_schema(mode="serialization"), of_arguments=False)
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
-        caller = replace(self.caller(context), progress=context.report_progress)
+        asked = "progress_token" in (context.request_context.meta or {})
+        caller = replace(self.caller(context), progress=context.report_progress if asked else None)
         try:
             answer = await self.operation.call(caller, arguments)
             # Shorter pages until one fits: the next one then begins where it ends.
@@ -53,9 +57,15 @@ class OperationTool(Tool):
         except Exception:
             log.exception("%s failed in a way that nobody foresaw", self.name)
             return refusal(Internal())
-        text = shown(answer)
-        structured = None if isinstance(answer, TEXT_ANSWERS) else json.loads(text)
-        return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured)
+        return result_of(answer)
+
+
+def result_of(answer: Any) -> CallToolResult:
+    """An operation's answer as a result. A task that was waited for and failed is an error."""
+    text = shown(answer)
+    structured = None if isinstance(answer, TEXT_ANSWERS) else json.loads(text)
+    failed = isinstance(answer, Delegated) and not answer.succeeded
+    return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=structured, is_error=failed)
 
 
 def _length(answer: Any) -> int:
@@ -73,7 +83,8 @@ def make_tools(operations: Iterable[Operation], caller: Callable[[Context[Any, A
 def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller]) -> Tool:
     marked = operation.marked
     schema = operation.schema
-    schema["properties"].pop("raw", None)
+    for name in ONLY_REST.get(operation.name, ()):
+        del schema["properties"][name]
 
     def stand_in() -> None:
         """The SDK wants a function; `run` is what is called."""
@@ -108,10 +119,13 @@ def refusal(error: CloudAgentError) -> CallToolResult:
     )
 
 
-def shown(answer: Any) -> str:
-    """An answer as a model reads it: bounded, and without characters that steer a terminal or hide text."""
+def shown(answer: Any, *, newest: bool = False) -> str:
+    """An answer as a model reads it: bounded, and without characters that steer a terminal or hide text.
+
+    Of a log that is too long the first lines are shown, or the last with `newest`.
+    """
     if isinstance(answer, LogPage):
-        return _log_text(answer)
+        return _log_text(answer, newest=newest)
     if isinstance(answer, Diff):
         return _diff_text(answer)
     if isinstance(answer, TaskPage | TaskList | ScheduleList):
@@ -135,17 +149,20 @@ def _json(answer: Record, *, prompt: int, said: int) -> str:
     return json.dumps(brief(plain), ensure_ascii=False)
 
 
-def _log_text(page: LogPage) -> str:
+def _log_text(page: LogPage, *, newest: bool) -> str:
     """Whole lines, as many as fit; `after` then continues where they end."""
     lines: list[str] = []
     size, last, more = 0, page.next_after, page.more
-    for event in page.lines:
+    for event in reversed(page.lines) if newest else page.lines:
         line = f"{event.seq} {event.timestamp:%H:%M:%S} {event.level} {event.kind}: {cut(clean(event.message), 2000)}"
         if size + len(line) > ANSWER_MAX - 1000:
-            last, more = event.seq - 1, True
+            if not newest:
+                last, more = event.seq - 1, True
             break
         lines.append(line)
         size += len(line) + 1
+    if newest:
+        lines.reverse()
     head = f"task_id={page.task_id} next_after={last} more={str(more).lower()}"
     return f"{head}\n{fence(chr(10).join(lines))}" if lines else f"{head}\nNo lines."
 

@@ -62,6 +62,7 @@ class Marked:
 
     method: Method
     path: str
+    """Empty where REST has no route, as two of its others do the same."""
     title: str
     read_only: bool
     destructive: bool
@@ -237,14 +238,19 @@ def _shown(name: str) -> str:
     return "".join(c if unicodedata.category(c)[0] in "LN" or c in "_-" else "?" for c in name[:40])
 
 
-UNTOLD = frozenset({"additionalProperties", "minLength", "maxLength", "minItems", "maxItems", "pattern", "writeOnly"})
+UNTOLD = frozenset(
+    {"additionalProperties", "minLength", "maxLength", "minItems", "maxItems", "pattern", "writeOnly"}
+    | {"minimum", "exclusiveMinimum"}
+)
+TOLD_MAX = 5000
+"""No model comes near a larger maximum."""
 
 
 def plain_schema(schema: Any, *, of_arguments: bool) -> Any:
     """A schema without `title`s: a model needs none, and pays for each.
 
     Of arguments, "X or null" becomes X as well, as they may be left out anyway; and what no model gets near, such as
-    the length of a text, is told in the refusal of whoever does.
+    the length of a text or a number below one, is told in the refusal of whoever does.
     """
     if isinstance(schema, list):
         return [plain_schema(item, of_arguments=of_arguments) for item in cast("list[Any]", schema)]
@@ -256,6 +262,8 @@ def plain_schema(schema: Any, *, of_arguments: bool) -> Any:
         if len(kept) == 1:
             plain = {**kept[0], **{name: value for name, value in plain.items() if name != "anyOf"}}
     left_out = {"title", *(UNTOLD if of_arguments else ())}
+    if of_arguments and isinstance(most := plain.get("maximum"), int | float) and most > TOLD_MAX:
+        left_out.add("maximum")
     return {
         name: plain_schema(value, of_arguments=of_arguments)
         for name, value in plain.items()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SHOWN_DUE = 3
 
-ScheduleId = Annotated[str, Field(description="The schedule's id, sch_…", max_length=200)]
+ScheduleId = Annotated[str, Field(max_length=200)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
 CronLine = Annotated[str, Field(description="Five fields, such as 0 3 * * 1-5; at least 5 minutes apart.")]
 Timezone = Annotated[str, Field(description="Such as Europe/Berlin.")]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -16,7 +17,7 @@ from cloudagent_mcp.operations import Caller, in_thread, operation
 from cloudagent_mcp.operations.credentials import Credentials, secret
 from cloudagent_mcp.operations.diffs import Diff, parse_diff
 from cloudagent_mcp.operations.submission import Allowed, check_task, find_source
-from cloudagent_mcp.operations.waiting import wait_for
+from cloudagent_mcp.operations.waiting import brief_line, wait_for
 from cloudagent_queue.agents import open_agent
 from cloudagent_storage.errors import NoChanges, NotReady, TargetNotAllowed, TaskExpired
 from cloudagent_storage.records import (
@@ -45,7 +46,7 @@ T = TypeVar("T")
 WAIT_MAX_S = 50
 """Clients give up on a silent call after about a minute."""
 
-TaskId = Annotated[str, Field(description="The task's id, task_…", max_length=200)]
+TaskId = Annotated[str, Field(max_length=200)]
 Limit = Annotated[int, Field(ge=1, le=100)]
 
 
@@ -62,6 +63,8 @@ class TaskDetail(Task):
     log: tuple[str, ...] = ()
     queue: Place | None = None
     """Where it stands in the queue, while it is in it."""
+    updated_at: datetime | None = None
+    """The time of the last of these lines."""
 
 
 class TaskList(Record):
@@ -144,7 +147,7 @@ class Tasks:
         title: Annotated[
             str | None, Field(max_length=200, description="A short name. Default: the prompt's first line.")
         ] = None,
-        model: Annotated[str | None, Field(min_length=1, max_length=100, description="Model for the agent.")] = None,
+        model: Annotated[str | None, Field(min_length=1, max_length=100)] = None,
         verify: Annotated[
             str | None,
             Field(
@@ -158,8 +161,8 @@ class Tasks:
         ] = None,
         on_interrupt: Annotated[OnInterrupt, Field(description="What follows its sandbox's death.")] = "resume",
         timeout_minutes: Annotated[float, Field(gt=0, le=1440, description="How long the agent may run.")] = 60.0,
-        max_turns: Annotated[int | None, Field(ge=1, le=10_000, description="How many turns it may take.")] = None,
-        max_budget_usd: Annotated[float | None, Field(gt=0, le=10_000, description="What it may spend.")] = None,
+        max_turns: Annotated[int | None, Field(ge=1, le=10_000)] = None,
+        max_budget_usd: Annotated[float | None, Field(gt=0, le=10_000)] = None,
         provider: Annotated[str | None, Field(max_length=100, description="Where its sandbox comes from.")] = None,
         egress: Annotated[list[str], Field(max_length=200, description="More hosts that its sandbox may reach.")] = [],  # noqa: B006
         tags: Annotated[list[str], Field(max_length=20, description="Words to find it by.")] = [],  # noqa: B006
@@ -248,21 +251,24 @@ class Tasks:
             )
             task = await self._in_thread(self._store.tasks.get, caller.account_id, task_id)
         lines: tuple[str, ...] = ()
+        updated_at = None
         if log_lines:
             page = await self._in_thread(self._store.events.tail, caller.account_id, task_id, log_lines)
-            lines = tuple(f"{line.kind}: {' '.join(line.message.split())[:300]}" for line in page.lines)
+            lines = tuple(map(brief_line, page.lines))
+            updated_at = page.lines[-1].timestamp if page.lines else None
         place = None
         if task.status is TaskStatus.QUEUED:
             place = await self._in_thread(self._place_of, caller.account_id, task_id)
-        return TaskDetail.model_validate({**dict(advise(task)), "log": lines, "queue": place})
+        more = {"log": lines, "queue": place, "updated_at": updated_at}
+        return TaskDetail.model_validate({**dict(advise(task)), **more})
 
     @operation("POST", "/tasks/wait", title="Wait for tasks", read_only=True, idempotent=True)
     async def wait_tasks(
         self,
         caller: Caller,
         *,
-        task_ids: Annotated[list[str], Field(min_length=1, max_length=50, description="The tasks' ids.")],
-        mode: Annotated[Literal["any", "all"], Field(description="Until any of them, or all, have ended.")] = "all",
+        task_ids: Annotated[list[str], Field(min_length=1, max_length=50)],
+        mode: Literal["any", "all"] = "all",
         timeout_seconds: Annotated[float, Field(ge=0, le=WAIT_MAX_S)] = WAIT_MAX_S,
     ) -> TaskList:
         """Wait until any or all of several tasks have ended, or time is up; call again while `finished` is false."""
@@ -350,10 +356,15 @@ class Tasks:
         level: Annotated[
             Literal["debug", "info", "warning", "error"] | None, Field(description="The lowest to show.")
         ] = None,
-        kinds: Annotated[list[EventKind], Field(max_length=11, description="Only these kinds.")] = [],  # noqa: B006
+        kinds: Annotated[list[EventKind], Field(max_length=11)] = [],  # noqa: B006
         raw: Annotated[bool, Field(description="With the agent's own messages; only in REST.")] = False,
+        tail: Annotated[bool, Field(description="The last lines, whatever else is asked for; only in REST.")] = False,
     ) -> LogPage:
         """What happened in a task, line by line: what the agent said, did and saw."""
+        if tail:
+            # Refused as a page of it would be, once the log is gone.
+            self._store.events.list(caller.account_id, task_id, after=2**53, limit=1)
+            return self._store.events.tail(caller.account_id, task_id, limit)
         return self._store.events.list(
             caller.account_id,
             task_id,

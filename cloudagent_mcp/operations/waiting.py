@@ -11,7 +11,8 @@ import anyio
 import anyio.to_thread
 
 from cloudagent_mcp.operations import Caller
-from cloudagent_storage.records import Task
+from cloudagent_mcp.untrusted import clean
+from cloudagent_storage.records import Event, Task
 from cloudagent_storage.store import Store
 
 TOGETHER_S = 0.05
@@ -52,12 +53,28 @@ async def wait_for(
                 return tasks
             if caller.progress is not None and now - told >= PROGRESS_EVERY_S:
                 told = now
-                await caller.progress(now - started, timeout_s, "; ".join(_progress(task) for task in tasks[:5]))
+                said = await anyio.to_thread.run_sync(_progress, opened, caller, tasks[:5])
+                await caller.progress(now - started, timeout_s, said)
             pause = POLL_S if not opened.changes.prompt else SURE_S if caller.progress is None else PROGRESS_EVERY_S
             with anyio.move_on_after(min(pause, left)):
                 await changed.wait()
                 await anyio.sleep(TOGETHER_S)
 
 
-def _progress(task: Task) -> str:
-    return f"{task.title[:60]}: {task.status}" + (f", {task.phase}" if task.phase else "")
+def brief_line(line: Event) -> str:
+    """A line of the log on one line, and not a long one."""
+    return f"{line.kind}: {' '.join(line.message.split())[:300]}"
+
+
+def _progress(store: Store, caller: Caller, tasks: Sequence[Task]) -> str:
+    return "; ".join(_progress_of(store, caller, task) for task in tasks)
+
+
+def _progress_of(store: Store, caller: Caller, task: Task) -> str:
+    """How far it is, the share of its budget that it has used, and the last line of its log."""
+    said = f"{task.title[:60]}: {task.status}" + (f", {task.phase}" if task.phase else "")
+    budget = store.tasks.spec(caller.account_id, task.task_id).max_budget_usd
+    if budget is not None:
+        said += f", {task.usage.cost_usd / budget:.0%} of ${budget:g}"
+    lines = store.events.tail(caller.account_id, task.task_id, 1).lines
+    return clean(f"{said}; {brief_line(lines[0])[:160]}" if lines else said)

@@ -266,6 +266,17 @@ class Task(Record):
     poll_after_seconds: float | None = None
 
 
+class TaskHead(Record):
+    """How far a task is: whoever follows many compares these, and looks at the task when one has changed."""
+
+    status: TaskStatus
+    phase: Phase | None
+    question: str | None
+    last_seq: int
+    """The number of the last line in its log."""
+    expired: bool
+
+
 class EventDraft(Record):
     """A line of a task's log before the store has numbered it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import os
@@ -44,6 +45,7 @@ class Keyring:
         self._sealing = _key_id(decoded[0])
         self._ciphers = {_key_id(key): AESGCM(key) for key in reversed(decoded)}
         self._hashing = [_derived(key, "cloudagent keyed hash") for key in decoded]
+        self._derive = [functools.partial(_derived, key) for key in decoded]
 
     @classmethod
     def from_file(cls, path: Path) -> Keyring:
@@ -84,6 +86,10 @@ class Keyring:
                 "A stored secret was altered, or moved to where it does not belong.",
                 remedy="Submit the task again; find out who else can write to the database.",
             ) from None
+
+    def keys_for(self, purpose: str) -> Sequence[bytes]:
+        """Keys for something else than to seal, the newest first: each process with this keyring has the same."""
+        return [derive(f"cloudagent {purpose}") for derive in self._derive]
 
     def digests(self, text: str) -> Sequence[str]:
         """Hashes of a text that nobody can make without the keys: one for each key, the newest first."""

@@ -10,10 +10,11 @@ from cloudagent_mcp.server import mcp_server
 from tests.support.worlds import World
 
 SNAPSHOTS = Path(__file__).parent.parent / "snapshots"
+TEMPLATES = SNAPSHOTS / "resource_templates"
 NAMES = {
     "submit_task", "get_task", "wait_tasks", "list_tasks", "cancel_task", "get_task_logs", "get_task_diff",
     "apply_task", "retry_task", "create_schedule", "list_schedules", "get_schedule", "update_schedule",
-    "delete_schedule", "run_schedule", "get_queue",
+    "delete_schedule", "run_schedule", "get_queue", "delegate",
 }  # fmt: skip
 
 
@@ -37,6 +38,22 @@ async def test_every_tool_looks_to_a_model_as_its_snapshot_says(world: World, re
     assert {path.stem for path in SNAPSHOTS.glob("*.json")} == NAMES
     for name, tool in tools.items():
         assert tool == json.loads((SNAPSHOTS / f"{name}.json").read_text()), f"{name} has changed; see CONTRIBUTING"
+
+
+@pytest.mark.anyio
+async def test_every_resource_template_looks_as_its_snapshot_says(world: World, request: pytest.FixtureRequest) -> None:
+    async with Client(mcp_server(world.app(), remote=False)) as client:
+        found = (await client.list_resource_templates()).resource_templates
+    templates = {one.name: one.model_dump(mode="json", by_alias=True, exclude_none=True) for one in found}
+    assert set(templates) == {"task", "task-log", "task-diff", "task-result", "schedule"}
+    if request.config.getoption("--update-snapshots"):
+        TEMPLATES.mkdir(exist_ok=True)
+        for name, template in templates.items():
+            (TEMPLATES / f"{name}.json").write_text(json.dumps(template, indent=2) + "\n")
+    assert {path.stem for path in TEMPLATES.glob("*.json")} == set(templates)
+    for name, template in templates.items():
+        assert template["title"] and template["description"] and template["mimeType"]
+        assert template == json.loads((TEMPLATES / f"{name}.json").read_text()), f"{name} has changed"
 
 
 @pytest.mark.anyio

@@ -1,4 +1,4 @@
-"""Who waits for a task is told when it changes, and holds no connection meanwhile.
+"""Who waits for a task or a schedule is told when it changes, and holds no connection meanwhile.
 
 One thread for each process listens, and only while somebody waits: on Postgres with LISTEN on a connection of its own,
 on SQLite by looking whether the file has changed. What is told is a hint and may be too much; whoever is told looks.
@@ -33,7 +33,7 @@ RECONNECT_S = 1.0
 
 
 class Changes:
-    """Tells of changed tasks."""
+    """Tells of changed tasks and schedules."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -48,9 +48,9 @@ class Changes:
 
     @contextmanager
     def watch(self, task_ids: Iterable[str], tell: Callable[[], None]) -> Generator[None]:
-        """While the block runs, `tell` is called after any of these tasks may have changed.
+        """While the block runs, `tell` is called after any of these tasks, or schedules, may have changed.
 
-        On a thread of this object's: `tell` must return at once. Look at the tasks after the block has begun, as what
+        On a thread of this object's: `tell` must return at once. Look at them after the block has begun, as what
         changed before is not told.
         """
         watched = list(dict.fromkeys(task_ids))

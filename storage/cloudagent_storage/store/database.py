@@ -130,10 +130,13 @@ class Database:
         with self._translated(), self._peewee.connection_context(), self._peewee.atomic():
             yield
 
-    def announce(self, task_id: str) -> None:
-        """Once the transaction is committed, whoever waits for this task is told. SQLite's file tells by itself."""
+    def announce(self, row_id: str) -> None:
+        """Once the transaction is committed, whoever waits for this task or schedule is told.
+
+        SQLite's file tells by itself.
+        """
         if self.file is None:
-            self._peewee.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, task_id))
+            self._peewee.execute_sql("SELECT pg_notify(%s, %s)", (CHANNEL, row_id))
 
     def connect_apart(self) -> Any:
         """A connection of Postgres's that is none of the pool's; raises the driver's errors."""

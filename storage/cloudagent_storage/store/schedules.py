@@ -141,6 +141,7 @@ class Schedules:
             row = self._find(account_id, schedule_id, lock=True)
             schedule = self._schedule_of(row)
             self._rows.delete().where(self._rows.schedule_id == schedule_id).execute()
+            self._db.announce(schedule_id)
             return schedule
 
     # -- for workers -----------------------------------------------------------------------------------------------
@@ -253,6 +254,7 @@ class Schedules:
 
     def _update(self, schedule_id: str, **columns: Any) -> None:
         self._rows.update(**columns).where(self._rows.schedule_id == schedule_id).execute()
+        self._db.announce(schedule_id)
 
     def _add_run(
         self,
@@ -274,6 +276,7 @@ class Schedules:
             created_at=self._db.now,
         ).on_conflict_ignore()
         inserted = list(query.returning(self._runs).objects(self._runs))
+        self._db.announce(schedule_id)
         return _run_of(inserted[0]) if inserted else None
 
     def _unfinished(self, schedule_id: str) -> str | None:

@@ -23,6 +23,7 @@ from cloudagent_storage.records import (
     Signals,
     Task,
     TaskError,
+    TaskHead,
     TaskPage,
     TaskSpec,
     TaskStatus,
@@ -234,6 +235,25 @@ class Tasks:
             offset=offset,
             next_cursor=_write_cursor(tasks[-1]) if more and tasks else None,
         )
+
+    def heads(self, account_id: str, task_ids: Sequence[str]) -> Mapping[str, TaskHead]:
+        """How far these tasks are. One that is unknown or another account's is missing."""
+        rows = self._rows
+        known = [task_id for task_id in task_ids if TASK_ID.fullmatch(task_id)]
+        columns = [rows.task_id, rows.status, rows.phase, rows.question, rows.last_seq, rows.expired_at]
+        query = rows.select(*columns).where(rows.account_id == account_id, rows.task_id.in_(known))
+        with self._db.reading():
+            found = list(query)
+        return {
+            row.task_id: TaskHead(
+                status=TaskStatus(row.status),
+                phase=None if row.phase is None else Phase(row.phase),
+                question=row.question,
+                last_seq=row.last_seq,
+                expired=row.expired_at is not None,
+            )
+            for row in found
+        }
 
     def request_cancel(self, account_id: str, task_id: str) -> tuple[Task, bool]:
         """Cancel a task: at once while it is queued, else by telling its worker. Says whether that changed anything.

@@ -1,0 +1,84 @@
+"""To hand a task over and be there when it ends: two operations as one call."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field
+
+from cloudagent_mcp.operations import Caller, Operation, operation
+from cloudagent_mcp.operations.tasks import WAIT_MAX_S, Submitted
+from cloudagent_storage.records import Task, TaskStatus
+
+ATTENDED_MAX_S = 24 * 3600.0
+"""A client that is told of progress waits this long: such a call costs no thread and no connection."""
+
+
+class Delegated(Submitted):
+    """A task that was handed over and waited for."""
+
+    @property
+    def succeeded(self) -> bool:
+        """Has it not ended badly? It may not have ended at all."""
+        return self.status not in (TaskStatus.FAILED, TaskStatus.CANCELLED)
+
+
+class Delegation:
+    """Submits, and waits."""
+
+    def __init__(self, submit_task: Operation, get_task: Operation) -> None:
+        self._submit_task = submit_task
+        self._get_task = get_task
+
+    @operation("POST", "", title="Delegate a task and wait", open_world=True)
+    async def delegate(
+        self,
+        caller: Caller,
+        *,
+        prompt: str,
+        repository: str | None = None,
+        base_ref: str | None = None,
+        verify: Annotated[str | None, Field(max_length=10_000)] = None,
+        timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 60.0,
+        idempotency_key: Annotated[str | None, Field(min_length=1, max_length=255)] = None,
+    ) -> Delegated:
+        """submit_task, and wait for the end in the same call. The task outlives the call: if it has not ended yet, do
+        what next_action says.
+
+        It returns early when the agent asks a question, and after less than a minute for a client that asks for no
+        progress: most give up on a silent call then. Raises what submit_task raises.
+        """
+        given = {
+            "prompt": prompt,
+            "repository": repository,
+            "base_ref": base_ref,
+            "verify": verify,
+            "timeout_minutes": timeout_minutes,
+            "idempotency_key": idempotency_key,
+        }
+        submitted: Submitted = await self._submit_task.call(caller, given)
+        task = await self._follow(caller, submitted)
+        fields = {name: value for name, value in dict(task).items() if name in Delegated.model_fields}
+        return Delegated.model_validate({**fields, "replayed": submitted.replayed})
+
+    async def _follow(self, caller: Caller, task: Task) -> Task:
+        """The task when it has ended, asks something, or time is up."""
+        started = time.monotonic()
+        limit = WAIT_MAX_S if caller.progress is None else ATTENDED_MAX_S
+        told = caller.progress
+        if told is not None:
+            await told(0, limit, f"{task.task_id} was submitted.")
+
+            async def tell(_: float, __: float, message: str) -> None:
+                await told(time.monotonic() - started, limit, message)
+
+            caller = replace(caller, progress=tell)
+        while not task.status.terminal and task.status is not TaskStatus.WAITING:
+            left = limit - (time.monotonic() - started)
+            if left <= 0:
+                break
+            looked = {"task_id": task.task_id, "wait_seconds": min(left, float(WAIT_MAX_S)), "log_lines": 0}
+            task = await self._get_task.call(caller, looked)
+        return task
