@@ -42,7 +42,11 @@ class OperationTool(Tool):
     def output_schema(self) -> dict[str, Any] | None:
         if self.operation.answer in TEXT_ANSWERS:
             return None
-        return plain_schema(TypeAdapter(self.operation.answer).json_schema(mode="serialization"), of_arguments=False)
+        schema = plain_schema(TypeAdapter(self.operation.answer).json_schema(mode="serialization"), of_arguments=False)
+        # Clients made with version 1 of the TypeScript SDK hold a refusal's content against it, too, and would show
+        # their user that it does not fit instead of what it says.
+        schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["code", "detail", "remedy"]}]
+        return schema
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
         asked = "progress_token" in (context.request_context.meta or {})

@@ -22,9 +22,11 @@ from tests.support.worlds import World
 
 ROOT = Path(__file__).parents[2]
 TYPESCRIPT = "@modelcontextprotocol/client@2.4.0"
+TYPESCRIPT_1 = "@modelcontextprotocol/sdk@1.32.2"
+"""What most clients are made with that were written before 2026-07-28."""
 INSPECTOR = "@modelcontextprotocol/inspector@2.12.0"
 STDIO = [sys.executable, "-m", "cloudagent_mcp", "mcp"]
-ERAS = {"auto": "2026-07-28", "legacy": "2025-11-25"}
+VERSIONS = {"auto": "2026-07-28", "legacy": "2025-11-25", "v1": "2025-11-25"}
 
 
 def node(script: Path, *words: str, env: Mapping[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -38,14 +40,13 @@ def beside_its_packages(script: Path, folder: Path, modules: Path) -> Path:
     return Path(shutil.copy(script, folder))
 
 
-@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("era", VERSIONS)
 @pytest.mark.parametrize("transport", ["stdio", "http"])
 def test_the_typescript_sdk_submits_waits_reads_and_cancels(
     world: World, era: str, transport: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    script = beside_its_packages(
-        ROOT / "tests" / "support" / "client.mjs", tmp_path / "js", npm_package(pytestconfig, TYPESCRIPT)
-    )
+    modules = npm_package(pytestconfig, TYPESCRIPT_1 if era == "v1" else TYPESCRIPT)
+    script = beside_its_packages(ROOT / "tests" / "support" / "client.mjs", tmp_path / "js", modules)
 
     def seen(where: dict[str, Any]) -> dict[str, Any]:
         done = node(script, era, json.dumps(where), env=world.environment, cwd=tmp_path)
@@ -59,8 +60,8 @@ def test_the_typescript_sdk_submits_waits_reads_and_cancels(
         with only_worker(world.home, version=__version__):
             found = seen({"command": STDIO[0], "args": STDIO[1:]})
     assert found.pop("tools") >= 16
+    assert found.pop("version") == ("untold" if (era, transport) == ("v1", "stdio") else VERSIONS[era])
     assert found == {
-        "version": ERAS[era],
         "server": "cloudagent",
         "waited": "queued",
         "progressed": True,
@@ -77,9 +78,9 @@ def test_the_inspector_lists_the_tools_and_calls_one(
     package = npm_package(pytestconfig, INSPECTOR) / "@modelcontextprotocol" / "inspector"
     program = package / "clients" / "launcher" / "build" / "index.js"
 
-    def inspect(where: Sequence[str], *words: str) -> dict[str, Any]:
+    def inspect(where: Sequence[str], *words: str, exits: int = 0) -> dict[str, Any]:
         done = node(program, "--cli", *where, *words, env=world.environment, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == exits, done.stdout + done.stderr
         return json.loads(done.stdout)
 
     def look(where: Sequence[str]) -> None:
@@ -88,13 +89,17 @@ def test_the_inspector_lists_the_tools_and_calls_one(
         given = ("--tool-arg", "prompt=Say hello", "--tool-arg", "repository=none")
         answer = inspect(where, "--method", "tools/call", "--tool-name", "submit_task", *given)
         assert answer["structuredContent"]["status"] == "queued" and not answer.get("isError")
+        unknown = ("--tool-name", "get_task", "--tool-arg", "task_id=task_x")
+        refused = inspect(where, "--method", "tools/call", *unknown, exits=5)
+        assert refused["structuredContent"]["code"] == "task_not_found" and refused["isError"]
 
     if transport == "http":
         with served(world) as url:
             look([f"{url}/mcp", "--transport", "http", "--header", f"Authorization: Bearer {KEY}"])
     else:
         with only_worker(world.home, version=__version__):
-            look(STDIO)
+            # It hands on nothing of its environment by itself.
+            look([*STDIO, *(word for item in world.environment.items() for word in ("-e", "=".join(item)))])
 
 
 @pytest.mark.parametrize("example", ["delegate.py", "delegate.ts"])

@@ -121,8 +121,8 @@ def _kept(answer: dict[str, Any]) -> dict[str, Any]:
 def _blocks(messages: Sequence[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for message in messages:
-        content = message["message"]["content"] if message["type"] in kinds else []
-        found += content if isinstance(content, list) else []
+        content: str | list[dict[str, Any]] = message["message"]["content"] if message["type"] in kinds else []
+        found += content if not isinstance(content, str) else []
     return found
 
 

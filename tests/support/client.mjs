@@ -1,9 +1,13 @@
-// The TypeScript SDK as a client of ours: what it sees over stdio or HTTP, in one era, as one line of JSON.
-//   node client.mjs auto|legacy '{"url": …, "key": …}' | '{"command": …, "args": […]}'
-import { Client, StreamableHTTPClientTransport } from "@modelcontextprotocol/client";
-import { StdioClientTransport } from "@modelcontextprotocol/client/stdio";
-
+// The TypeScript SDK as a client of ours: what it sees over stdio or HTTP as one line of JSON. Its version 2 speaks both
+// eras, its version 1 only the older.
+//   node client.mjs auto|legacy|v1 '{"url": …, "key": …}' | '{"command": …, "args": […]}'
 const [era, where] = [process.argv[2], JSON.parse(process.argv[3])];
+const [{ Client }, { StreamableHTTPClientTransport }, { StdioClientTransport }] = await Promise.all(
+  (era === "v1"
+    ? ["sdk/client/index.js", "sdk/client/streamableHttp.js", "sdk/client/stdio.js"]
+    : ["client", "client", "client/stdio"]
+  ).map((path) => import(`@modelcontextprotocol/${path}`)),
+);
 const transport = where.url
   ? new StreamableHTTPClientTransport(new URL(where.url), {
       requestInit: { headers: { Authorization: `Bearer ${where.key}` } },
@@ -15,13 +19,16 @@ const client = new Client(
 );
 await client.connect(transport);
 
-const call = (name, given, options) => client.callTool({ name, arguments: given }, options);
+// Once it has the list, the SDK holds every answer against the schema of its tool.
+const { tools } = await client.listTools();
+const call = (name, given, options) =>
+  client.callTool({ name, arguments: given }, ...(era === "v1" ? [undefined, options] : [options]));
 const submitted = await call("submit_task", { prompt: "x", repository: "none" });
 const task_id = submitted.structuredContent.task_id;
 const progress = [];
 const waited = await call(
   "get_task",
-  { task_id, wait_seconds: 1 },
+  { task_id, wait_seconds: 3 },
   { onprogress: (report) => progress.push(report.message) },
 );
 const refused = await call("submit_task", { promt: "x" });
@@ -29,9 +36,9 @@ const logs = await call("get_task_logs", { task_id });
 const cancelled = await call("cancel_task", { task_id });
 console.log(
   JSON.stringify({
-    version: client.getNegotiatedProtocolVersion(),
+    version: client.getNegotiatedProtocolVersion?.() ?? transport.protocolVersion ?? "untold",
     server: client.getServerVersion()?.name,
-    tools: (await client.listTools()).tools.length,
+    tools: tools.length,
     waited: waited.structuredContent.status,
     progressed: progress.length > 0,
     refused: [refused.isError, refused.structuredContent.code],
