@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import sys
@@ -14,8 +13,6 @@ from tests.support.conformance import REVISIONS, proven, run_scenarios, unmet
 from tests.support.worlds import World
 
 SKIPPED_BY_THE_HARNESS = {"tasks-status-notifications"}
-AWAITED = "completion-complete|tasks-.*"
-"""Completion and the tasks extension are not in the factory yet."""
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
@@ -38,7 +35,5 @@ def test_the_fixture_server_passes_every_scenario(
         server.wait(15)
     assert len(found) >= {"2026-07-28": 50, "2025-11-25": 33}[revision]
     for scenario, checks in sorted(found.items()):
-        if re.fullmatch(AWAITED, scenario):
-            continue
         assert unmet(checks) == [], scenario
         assert proven(checks) or scenario in SKIPPED_BY_THE_HARNESS, (scenario, checks)

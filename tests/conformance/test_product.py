@@ -13,6 +13,7 @@ from tests.support.worlds import World
 APPLIES = {
     "2026-07-28": {
         "caching",
+        "completion-complete",
         "dns-rebinding-protection",
         "http-header-validation",
         "input-required-result-unsupported-methods",
@@ -24,6 +25,7 @@ APPLIES = {
         "tools-list",
     },
     "2025-11-25": {
+        "completion-complete",
         "dns-rebinding-protection",
         "ping",
         "prompts-list",
@@ -49,7 +51,6 @@ TASK = "makes a task with a tool of the harness's own: "
 STATELESS = "is about sessions; every request stands alone, so that any server process can answer it"
 
 DOES_NOT_APPLY = {
-    "completion-complete": "completes an argument of test_prompt_with_arguments",
     "elicitation-sep1034-defaults": ASKS + "test_elicitation_sep1034_defaults",
     "elicitation-sep1330-enums": ASKS + "test_elicitation_sep1330_enums",
     "http-custom-header-server-validation": "no argument of ours is repeated in a header",

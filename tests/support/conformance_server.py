@@ -28,9 +28,6 @@ from mcp.types import (
     CreateMessageRequest,
     CreateMessageRequestParams,
     CreateMessageResult,
-    ElicitRequest,
-    ElicitRequestFormParams,
-    ElicitResult,
     EmbeddedResource,
     EmptyResult,
     ImageContent,
@@ -51,6 +48,8 @@ from pydantic import BaseModel, Field
 from cloudagent_mcp.app import App
 from cloudagent_mcp.server import mcp_server
 from cloudagent_mcp.settings import Settings
+from tests.support.conformance_forms import field_of, form
+from tests.support.conformance_tasks import add_tasks
 
 Ctx = Context[Any, Any]
 
@@ -62,7 +61,18 @@ RETRY_MS = 100
 def fixture_server(app: App) -> MCPServer[Any]:
     """The product's server, with all that the scenarios ask for."""
     server = mcp_server(app, remote=False)
-    for add in (_contents, _reports, _asks, _asks_in_the_result, _schemas, _changes, _resources, _prompts, _legacy):
+    for add in (
+        _contents,
+        _reports,
+        _asks,
+        _asks_in_the_result,
+        _schemas,
+        _changes,
+        _resources,
+        _prompts,
+        _legacy,
+        add_tasks,
+    ):
         add(server)
     return server
 
@@ -205,21 +215,9 @@ def _asks(server: MCPServer[Any]) -> None:
         return "The client declared sampling."
 
 
-def _form(message: str, *, kind: str = "string", **fields: str) -> ElicitRequest:
-    """A form; each of its `fields` is named for what it asks."""
-    properties = {name: {"type": kind, "description": said} for name, said in fields.items()}
-    schema = {"type": "object", "properties": properties, "required": [*fields]}
-    return ElicitRequest(params=ElicitRequestFormParams(message=message, requested_schema=schema))
-
-
 def _sample(text: str) -> CreateMessageRequest:
     message = SamplingMessage(role="user", content=TextContent(type="text", text=text))
     return CreateMessageRequest(params=CreateMessageRequestParams(messages=[message], max_tokens=100))
-
-
-def _field(answer: object, name: str) -> str:
-    """What somebody wrote into a field of a form."""
-    return str((answer.content or {}).get(name)) if isinstance(answer, ElicitResult) else "nothing"
 
 
 def _asks_in_the_result(server: MCPServer[Any]) -> None:
@@ -238,8 +236,8 @@ def _asks_in_the_result(server: MCPServer[Any]) -> None:
     one_question(
         "test_input_required_result_elicitation",
         "user_name",
-        _form("What is your name?", name="name"),
-        lambda answer: f"Hello, {_field(answer, 'name')}!",
+        form("What is your name?", name="name"),
+        lambda answer: f"Hello, {field_of(answer, 'name')}!",
     )
     one_question(
         "test_input_required_result_sampling",
@@ -258,7 +256,7 @@ def _asks_in_the_result(server: MCPServer[Any]) -> None:
         async def tool(ctx: Ctx) -> str | InputRequiredResult:
             if ctx.request_state == state and "confirm" in (ctx.input_responses or {}):
                 return said
-            return ask({"confirm": _form("Please confirm", kind="boolean", ok="ok")}, state)
+            return ask({"confirm": form("Please confirm", kind="boolean", ok="ok")}, state)
 
         server.add_tool(tool, name=name, description="Asks for a confirmation, and wants its state back.")
 
@@ -269,7 +267,7 @@ def _asks_in_the_result(server: MCPServer[Any]) -> None:
     async def test_input_required_result_multiple_inputs(ctx: Ctx) -> str | InputRequiredResult:
         """Asks for three things at once."""
         wanted: dict[str, InputRequest] = {
-            "user_name": _form("What is your name?", name="name"),
+            "user_name": form("What is your name?", name="name"),
             "greeting": _sample("Generate a greeting"),
             "client_roots": ListRootsRequest(),
         }
@@ -280,11 +278,11 @@ def _asks_in_the_result(server: MCPServer[Any]) -> None:
         """Asks for a name, then for a color."""
         answers, state = ctx.input_responses or {}, json.loads(ctx.request_state or "{}")
         if state.get("step") == 2 and "step2" in answers:
-            return f"{state['name']} likes {_field(answers['step2'], 'color')}."
+            return f"{state['name']} likes {field_of(answers['step2'], 'color')}."
         if state.get("step") == 1 and "step1" in answers:
-            known = {"step": 2, "name": _field(answers["step1"], "name")}
-            return ask({"step2": _form("Step 2: What is your favorite color?", color="color")}, json.dumps(known))
-        return ask({"step1": _form("Step 1: What is your name?", name="name")}, json.dumps({"step": 1}))
+            known = {"step": 2, "name": field_of(answers["step1"], "name")}
+            return ask({"step2": form("Step 2: What is your favorite color?", color="color")}, json.dumps(known))
+        return ask({"step1": form("Step 1: What is your name?", name="name")}, json.dumps({"step": 1}))
 
     @server.tool()
     async def test_input_required_result_capabilities(ctx: Ctx) -> InputRequiredResult:
@@ -294,7 +292,7 @@ def _asks_in_the_result(server: MCPServer[Any]) -> None:
         if can is None or can.sampling is not None:
             wanted["sample"] = _sample("Say hello")
         if can is None or can.elicitation is not None:
-            wanted["ask"] = _form("What is your name?", name="name")
+            wanted["ask"] = form("What is your name?", name="name")
         return ask(wanted, "as declared")
 
     @server.prompt()
@@ -302,8 +300,8 @@ def _asks_in_the_result(server: MCPServer[Any]) -> None:
         """A prompt that asks before it answers."""
         answers = ctx.input_responses or {}
         if "user_context" not in answers:
-            return ask({"user_context": _form("What context should the prompt use?", context="context")})
-        return [_said(f"Use the following context: {_field(answers['user_context'], 'context')}")]
+            return ask({"user_context": form("What context should the prompt use?", context="context")})
+        return [_said(f"Use the following context: {field_of(answers['user_context'], 'context')}")]
 
 
 SCHEMA_2020_12: dict[str, Any] = {
