@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Generator
@@ -57,14 +56,6 @@ def test_garbage_on_the_mcp_route_is_refused_and_the_server_lives(url: str, body
     assert response.status_code == status
     assert "Traceback" not in response.text
     assert httpx2.get(f"{url}/health").json() == {"status": "ok", "version": __version__}
-
-
-def test_an_unknown_tool_and_method_are_answered_and_not_crashed_on(url: str) -> None:
-    headers = {"Authorization": f"Bearer {KEY}", "Accept": "application/json, text/event-stream"}
-    call: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": "nonsense/method", "params": {}}
-    response = httpx2.post(f"{url}/mcp", json=call, headers=headers)
-    answer = response.text.partition("data: ")[2] or response.text
-    assert json.loads(answer)["error"]["code"] in (-32601, -32602, -32600)
 
 
 def test_the_port_of_another_server_is_refused_with_what_to_do(url: str, world: World) -> None:
