@@ -88,7 +88,7 @@ def arguments_of(draw: st.DrawFn, schema: dict[str, Any], ids: list[str]) -> dic
     """Arguments of which each is left out, or fits, or is anything; and seldom one that there is not."""
     made: dict[str, Any] = {}
     for name, of_property in schema["properties"].items():
-        how = draw(st.sampled_from(["fits", "fits", "left out", "left out", "anything"]))
+        how = draw(st.sampled_from(["fits", "fits", "left out", "text", "anything"]))
         if name in WAITS:
             how = "fits" if how == "left out" else how
         if (how == "fits" and name.endswith("_id")) or name.endswith("_ids"):
@@ -97,7 +97,7 @@ def arguments_of(draw: st.DrawFn, schema: dict[str, Any], ids: list[str]) -> dic
         elif how == "fits" and name in WAITS:
             made[name] = 0
         elif how != "left out" or (name in schema.get("required", []) and draw(st.integers(0, 9))):
-            made[name] = draw(fitting(of_property) if how == "fits" else ANYTHING)
+            made[name] = draw({"fits": fitting(of_property), "text": HOSTILE}.get(how, ANYTHING))
         if name in WAITS and made[name] not in (0, None) and isinstance(made[name], int | float):
             made[name] = -1 if made[name] < 0 else made[name] + 51  # nobody waits here
     if draw(st.integers(0, 9)) == 0:
