@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from mcp.server.context import CallNext, HandlerResult
 from mcp.types import CallToolRequestParams, CallToolResult
 
+from cloudagent_mcp.elicitation import question_form
 from cloudagent_mcp.operations import Caller, Operation, check_arguments
 from cloudagent_mcp.operations.delegation import Delegated
 from cloudagent_mcp.operations.tasks import Submitted, TaskDetail
 from cloudagent_mcp.tasks_extension import McpTask, RequestContext
 from cloudagent_mcp.tools import refusal, result_of
-from cloudagent_mcp.untrusted import clean, cut
-from cloudagent_storage.errors import CloudAgentError
-from cloudagent_storage.records import LogPage, Task, TaskStatus
+from cloudagent_mcp.untrusted import clean
+from cloudagent_storage.errors import CloudAgentError, QuestionClosed, TaskEnded
+from cloudagent_storage.records import Task, TaskStatus
 
 STATUSES = {
     TaskStatus.QUEUED: "working",
@@ -30,7 +31,6 @@ STATUSES = {
 POLL_MS = 5000
 DECLINED = "The user gave no answer. Decide yourself, or end here and say what is missing."
 """What the agent is told when a person does not want to answer."""
-QUESTIONS_READ = 1000
 
 
 class AgentTasks:
@@ -70,58 +70,50 @@ class AgentTasks:
                 "last_updated_at": task.completed_at or task.updated_at or task.started_at or task.created_at,
                 "poll_interval_ms": pause,
                 "result": _result(task) if status == "completed" else None,
-                "input_requests": await self._questions(caller, task) if status == "input_required" else None,
+                "input_requests": _questions(task) if status == "input_required" else None,
             }
         )
 
     async def answer(self, ctx: RequestContext, task_id: str, responses: dict[str, Any]) -> None:
         caller = self._caller(ctx)
         task: TaskDetail = await self._call("get_task", caller, task_id=task_id, log_lines=0)
-        if task.status is not TaskStatus.WAITING:
+        response = None if task.asked is None else responses.get(task.asked.question_id)
+        if task.asked is None or not isinstance(response, Mapping):
             return
-        for key in await self._questions(caller, task):
-            if isinstance(response := responses.get(key), Mapping):
-                said = _answer_of(cast("Mapping[str, Any]", response))
-                await self._call("send_message", caller, task_id=task_id, message=said)
+        if (said := _answer_of(cast("Mapping[str, Any]", response))) is not None:
+            asked = {"task_id": task_id, "question_id": task.asked.question_id, "message": said}
+            with contextlib.suppress(QuestionClosed, TaskEnded):  # somebody else was quicker
+                await self._call("send_message", caller, **asked)
 
     async def cancel(self, ctx: RequestContext, task_id: str) -> None:
         await self._call("cancel_task", self._caller(ctx), task_id=task_id)
-
-    async def _questions(self, caller: Caller, task: Task) -> dict[str, Any]:
-        """The agent's open question, under a key that stands for it alone: the number of its line in the log."""
-        asked = {"task_id": task.task_id, "kinds": ["question"], "limit": QUESTIONS_READ}
-        page: LogPage = await self._operations["get_task_logs"].call(caller, asked)
-        question = clean(task.question or "The agent asks how to go on.")
-        key = f"question-{page.lines[-1].seq}" if page.lines else f"question-{_digest(question)}"
-        schema = {
-            "type": "object",
-            "properties": {"answer": {"type": "string", "title": "Your answer"}},
-            "required": ["answer"],
-        }
-        asks = f"The agent of “{clean(task.title)[:100]}” asks:\n\n{cut(question, 4000)}"
-        return {
-            key: {
-                "method": "elicitation/create",
-                "params": {"mode": "form", "message": asks, "requestedSchema": schema},
-            }
-        }
 
     async def _call(self, name: str, caller: Caller, **arguments: Any) -> Any:
         return await self._operations[name].call(caller, arguments)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _questions(task: Task) -> dict[str, Any]:
+    """The agent's open question, under its own id: no other question of the task has that."""
+    if task.asked is None:
+        return {}
+    form = question_form(task)
+    params = {"mode": "form", "message": form.message, "requestedSchema": form.schema}
+    return {task.asked.question_id: {"method": "elicitation/create", "params": params}}
 
 
-def _answer_of(response: Mapping[str, Any]) -> str:
-    """What the person said. A client may have named the field as it liked: its first text is taken then."""
+def _answer_of(response: Mapping[str, Any]) -> str | None:
+    """What the agent is told; None where the person has only put the question aside.
+
+    A client may have named the field as it liked: its first text is taken then.
+    """
+    if response.get("action") == "decline":
+        return DECLINED
     content = response.get("content")
     if response.get("action") != "accept" or not isinstance(content, Mapping):
-        return DECLINED
+        return None
     fields = cast("Mapping[str, Any]", content)
     said = fields.get("answer", next(iter(fields.values()), None))
-    return said if isinstance(said, str) and said.strip() else DECLINED
+    return said if isinstance(said, str) and said.strip() else None
 
 
 def _message(task: TaskDetail) -> str:

@@ -16,6 +16,7 @@ from cloudagent_mcp.operations import Caller, Operation, operations_of
 from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.credentials import Credentials
 from cloudagent_mcp.operations.delegation import Delegation
+from cloudagent_mcp.operations.messages import Messages
 from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.submission import Allowed
 from cloudagent_mcp.operations.tasks import Tasks
@@ -116,9 +117,10 @@ class App:
 
     @cached_property
     def operations(self) -> dict[str, Operation]:
-        own = operations_of(self.tasks)
-        delegation = Delegation(own["submit_task"], own["get_task"])
-        return {**own, **operations_of(delegation, self.schedules, Backlog(lambda: self.store))}
+        tasks = operations_of(self.tasks)
+        delegation = Delegation(tasks["submit_task"], tasks["get_task"])
+        messages, backlog = Messages(lambda: self.store), Backlog(lambda: self.store)
+        return {**tasks, **operations_of(delegation, messages, self.schedules, backlog)}
 
     def local_caller(self) -> Caller:
         """The user of this machine, working in the current folder."""

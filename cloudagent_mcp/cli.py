@@ -259,6 +259,28 @@ def undo(task_id: str, directory: Path | None, as_json: bool) -> None:
 
 
 @task.command()
+@task_id
+@click.argument("message")
+@click.option("--question", "question_id", metavar="ID", help="Only as the answer to this question: safe to repeat.")
+@as_json
+def send(task_id: str, message: str, question_id: str | None, as_json: bool) -> None:
+    """Answer a task's question, or tell its agent something. MESSAGE - is read from standard input."""
+    if message == "-":
+        message = sys.stdin.read()
+    with client() as api:
+        told = api.call("send_message", task_id=api.resolve(task_id), message=message, question_id=question_id)
+    print_answer(told, as_json, "show_sent")
+
+
+@task.command()
+@as_json
+def questions(as_json: bool) -> None:
+    """List what the agents of waiting tasks ask you."""
+    with client() as api:
+        print_answer(api.call("list_pending_questions"), as_json, "show_questions")
+
+
+@task.command()
 @click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
 @as_json
 def cancel(task_ids: tuple[str, ...], as_json: bool) -> None:

@@ -15,13 +15,14 @@ from cloudagent_mcp import apply
 from cloudagent_mcp.app import App
 from cloudagent_mcp.operations import marks_of
 from cloudagent_mcp.operations.backlog import Backlog
+from cloudagent_mcp.operations.messages import Messages
 from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
 from cloudagent_storage.records import ID_LENGTH
 
-MARKS = marks_of(Tasks, Schedules, Backlog)
+MARKS = marks_of(Tasks, Messages, Schedules, Backlog)
 PAGES_SEARCHED = 10
 
 

@@ -115,6 +115,8 @@ def show_task(task: dict[str, Any]) -> None:
     for name, value in rows.items():
         if value:
             console.print(f"  [dim]{name:<10}[/] {_safe(str(value))}")
+    if task.get("asked"):
+        show_question(task["question"], task["asked"])
     if place := task.get("queue"):
         when = place["starts_in_seconds"]
         when = "nobody can tell when" if when is None else f"about {_duration(when)} from now" if when else "at once"
@@ -127,6 +129,8 @@ def show_task(task: dict[str, Any]) -> None:
 def _next(task: dict[str, Any], artifacts: dict[str, Any]) -> str:
     """What a person types next, where `next_action` names the tools that a model calls."""
     name = _short(task)
+    if task.get("asked"):
+        return _answer_with(task)
     if not task["completed_at"]:
         return f"ca task watch {name}"
     steps = [task["error"]["remedy"]] if task["error"] else []
@@ -143,6 +147,33 @@ def show_cancelled(task: dict[str, Any]) -> None:
     else:
         word = f"had nothing to cancel: it is {task['status']}"
     console.print(f"{_short(task)} {word}")
+
+
+def show_sent(task: dict[str, Any]) -> None:
+    how = "has its answer" if task["answered"] else "is told; it reads that at its next turn"
+    console.print(f"The agent of {_short(task)} {how}")
+
+
+def show_questions(found: dict[str, Any]) -> None:
+    """Every open question, and how to answer it."""
+    for question in found["questions"]:
+        console.print(Text.assemble((_short(question), "bold"), "  ", clean(question["title"])))
+        show_question(question["question"], question)
+        console.print(f"  [dim]Answer with[/] {_answer_with(question)}")
+    if not found["questions"]:
+        console.print("No agent asks anything.")
+    elif found["more"]:
+        console.print("[dim]There are more.[/]")
+
+
+def show_question(question: str, asked: dict[str, Any]) -> None:
+    console.print(f"  [magenta]{'asks':<10}[/] {_safe(cut(question, LINE_MAX) or '')}")
+    for choice in asked["choices"]:
+        console.print(f"  {'':<10} [dim]-[/] {_safe(choice)}")
+
+
+def _answer_with(task: dict[str, Any]) -> str:
+    return f'ca task send {_short(task)} "…"'
 
 
 def show_schedules(found: dict[str, Any]) -> None:
@@ -325,6 +356,8 @@ def watch(api: Client, name: str, as_json: bool) -> dict[str, Any]:
     with Live(spinner, console=console, transient=True, refresh_per_second=8) if console.is_terminal else _Quiet():
         for line in log_lines(api, name, follow=True):
             show_line(line)
+            if line["kind"] == "question":
+                console.print(f"[dim]Answer with[/] {_answer_with({'task_id': name})}")
             spinner.update(text=Text(cut(" ".join(clean(line["message"]).split()), 60) or "", "dim"))
     task = api.call("get_task", task_id=name, log_lines=0)
     show_task(task)

@@ -230,9 +230,11 @@ def _heads(store: Store, account_id: str, followed: set[str]) -> Mapping[str, He
 
 def _differs(before: Head, now: Head, part: str | None) -> bool:
     """Has the part that a client follows changed between two looks?"""
-    if not isinstance(before, TaskHead) or not isinstance(now, TaskHead) or part in (None, "log"):
+    if not isinstance(before, TaskHead) or not isinstance(now, TaskHead) or part is None:
         return before != now
     if part == "status":
-        return (before.status, before.phase, before.question) != (now.status, now.phase, now.question)
+        return (before.status, before.phase, before.question_id) != (now.status, now.phase, now.question_id)
+    if part == "log":
+        return (before.last_seq, before.expired) != (now.last_seq, now.expired)
     # The diff and the result are there from the end on, and until they are pruned.
     return (before.status.terminal, before.expired) != (now.status.terminal, now.expired)

@@ -12,12 +12,14 @@ from typing import Any
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools.base import Tool
 from mcp.server.mcpserver.utilities.func_metadata import func_metadata
-from mcp.types import CallToolResult, TextContent, ToolAnnotations
+from mcp.types import CallToolResult, InputRequiredResult, TextContent, ToolAnnotations
 from pydantic import Field, TypeAdapter
 
+from cloudagent_mcp.elicitation import Asking, asking
 from cloudagent_mcp.operations import Caller, Operation, plain_schema
 from cloudagent_mcp.operations.delegation import Delegated
 from cloudagent_mcp.operations.diffs import Diff
+from cloudagent_mcp.operations.messages import QuestionList
 from cloudagent_mcp.operations.tasks import TaskList
 from cloudagent_mcp.untrusted import clean, cut, fence
 from cloudagent_storage.errors import CloudAgentError, Internal
@@ -37,6 +39,7 @@ class OperationTool(Tool):
 
     operation: Any = Field(exclude=True)
     caller: Callable[[Context[Any, Any]], Caller] = Field(exclude=True)
+    asking: Any = Field(exclude=True)
 
     @cached_property
     def output_schema(self) -> dict[str, Any] | None:
@@ -52,7 +55,9 @@ class OperationTool(Tool):
         asked = "progress_token" in (context.request_context.meta or {})
         caller = replace(self.caller(context), progress=context.report_progress if asked else None)
         try:
-            answer = await self.operation.call(caller, arguments)
+            answer = await self.asking(self.operation, caller, arguments, context)
+            if isinstance(answer, InputRequiredResult):
+                return answer
             # Shorter pages until one fits: the next one then begins where it ends.
             while len(shown(answer)) > ANSWER_MAX and (length := _length(answer)) > 1:
                 answer = await self.operation.call(caller, {**arguments, "limit": length // 2})
@@ -81,10 +86,11 @@ def _length(answer: Any) -> int:
 
 def make_tools(operations: Iterable[Operation], caller: Callable[[Context[Any, Any]], Caller]) -> list[Tool]:
     """A tool for every operation. `caller` says who is calling, at the time of the call."""
-    return [_tool(operation, caller) for operation in operations]
+    named = {operation.name: operation for operation in operations}
+    return [_tool(operation, caller, asking(operation, named)) for operation in named.values()]
 
 
-def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller]) -> Tool:
+def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller], asking: Asking) -> Tool:
     marked = operation.marked
     schema = operation.schema
     for name in ONLY_REST.get(operation.name, ()):
@@ -110,6 +116,7 @@ def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller]) -
         ),
         operation=operation,
         caller=caller,
+        asking=asking,
     )
 
 
@@ -132,6 +139,11 @@ def shown(answer: Any, *, newest: bool = False) -> str:
         return _log_text(answer, newest=newest)
     if isinstance(answer, Diff):
         return _diff_text(answer)
+    if isinstance(answer, QuestionList):
+        while len(text := _json(answer, prompt=100, said=500)) > ANSWER_MAX and len(answer.questions) > 1:
+            kept = answer.questions[: len(answer.questions) // 2]
+            answer = QuestionList(questions=kept, more=True)
+        return text
     if isinstance(answer, TaskPage | TaskList | ScheduleList):
         return _json(answer, prompt=100, said=500)
     return _json(answer, prompt=500, said=6000)
@@ -146,7 +158,7 @@ def _json(answer: Record, *, prompt: int, said: int) -> str:
         return cut(clean(value), said) if isinstance(value, str) else value
 
     plain = answer.model_dump(mode="json")
-    for entry in plain.get("tasks") or plain.get("schedules") or [plain]:
+    for entry in plain.get("tasks") or plain.get("schedules") or plain.get("questions") or [plain]:
         task = entry.get("task", entry)
         if "prompt" in task:
             task["prompt"] = cut(task["prompt"], prompt)

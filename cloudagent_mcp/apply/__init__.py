@@ -110,9 +110,11 @@ def apply(
                     message += f" These need to be named in allow_sensitive: {listed(missing)}."
                 return ApplyOutcome(outcome="would_apply", files=files, message=message)
             if missing:
-                raise ConfirmationNeeded(
+                refusal = ConfirmationNeeded(
                     f"These files can make a machine execute things: {listed(missing)}. Nothing was written."
                 )
+                refusal.files = tuple(missing)
+                raise refusal
             return target.write(quarantine, branch, steps, files, fingerprint)
 
 

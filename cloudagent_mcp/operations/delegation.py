@@ -12,6 +12,8 @@ from cloudagent_mcp.operations import Caller, Operation, operation
 from cloudagent_mcp.operations.tasks import WAIT_MAX_S, Submitted
 from cloudagent_storage.records import Task, TaskStatus
 
+LOOK_EVERY_S = 10.0
+"""get_task waits for a change since its own first look: what came between two of its calls is seen after this time."""
 ATTENDED_MAX_S = 24 * 3600.0
 """A client that is told of progress waits this long: such a call costs no thread and no connection."""
 
@@ -75,10 +77,9 @@ class Delegation:
                 await told(time.monotonic() - started, limit, message)
 
             caller = replace(caller, progress=tell)
-        while not task.status.terminal and task.status is not TaskStatus.WAITING:
-            left = limit - (time.monotonic() - started)
-            if left <= 0:
-                break
-            looked = {"task_id": task.task_id, "wait_seconds": min(left, float(WAIT_MAX_S)), "log_lines": 0}
+        wait_s = 0.0
+        while not task.status.terminal and task.status is not TaskStatus.WAITING and wait_s >= 0:
+            looked = {"task_id": task.task_id, "wait_seconds": wait_s, "log_lines": 0}
             task = await self._get_task.call(caller, looked)
+            wait_s = min(LOOK_EVERY_S, limit - (time.monotonic() - started))
         return task

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Caller, in_thread, operation
@@ -21,6 +21,7 @@ from cloudagent_mcp.operations.waiting import brief_line, wait_for
 from cloudagent_queue.agents import open_agent
 from cloudagent_storage.errors import NoChanges, NotReady, TargetNotAllowed, TaskExpired
 from cloudagent_storage.records import (
+    Asked,
     EventDraft,
     EventKind,
     Idempotency,
@@ -48,6 +49,8 @@ WAIT_MAX_S = 50
 
 TaskId = Annotated[str, Field(max_length=200)]
 Limit = Annotated[int, Field(ge=1, le=100)]
+Kind = Annotated[EventKind, WithJsonSchema({"type": "string"})]
+"""There are many: whoever guesses wrong is told all of them."""
 
 
 class Submitted(Task):
@@ -174,7 +177,7 @@ class Tasks:
             str | None,
             Field(min_length=1, max_length=255, description="Repeat the call with the same key: still one task."),
         ] = None,
-        anthropic_api_key: Annotated[str | None, secret("This task's own key for the model; never echoed.")] = None,
+        anthropic_api_key: Annotated[str | None, secret("For its model; never echoed.")] = None,
         github_token: Annotated[str | None, secret("Fetches from github.com; never echoed.")] = None,
     ) -> Submitted:
         """Hand a coding task to a remote agent that works alone in a sandbox on a copy of a repository.
@@ -240,7 +243,7 @@ class Tasks:
             float,
             Field(ge=0, le=WAIT_MAX_S, description="Wait this long for its status to change; 50 saves you polling."),
         ] = 0,
-        log_lines: Annotated[int, Field(ge=0, le=50, description="How many of the last lines of its log to show.")] = 5,
+        log_lines: Annotated[int, Field(ge=0, le=50, description="Last lines of its log to show.")] = 5,
     ) -> TaskDetail:
         """One task: status, phase, verdict, result, cost, last log lines, and what to do next."""
         task = await self._in_thread(self._store.tasks.get, caller.account_id, task_id)
@@ -271,13 +274,21 @@ class Tasks:
         mode: Literal["any", "all"] = "all",
         timeout_seconds: Annotated[float, Field(ge=0, le=WAIT_MAX_S)] = WAIT_MAX_S,
     ) -> TaskList:
-        """Wait until any or all of several tasks have ended, or time is up; call again while `finished` is false."""
+        """Wait until any or all have ended, one asks something, or time is up; call again while `finished` is false."""
         enough = any if mode == "any" else all
+        asked: set[tuple[str, str]] | None = None
 
         def finished(found: list[Task]) -> bool:
             return enough(task.status.terminal for task in found)
 
-        tasks = await wait_for(self._open_store, caller, task_ids, finished, timeout_seconds)
+        def wanted(found: list[Task]) -> bool:
+            """Also when an agent has begun to ask something: what waits for an answer ends no sooner."""
+            nonlocal asked
+            asking = {(task.task_id, task.asked.question_id) for task in found if task.asked is not None}
+            asked = asking if asked is None else asked & asking
+            return finished(found) or not asking <= asked
+
+        tasks = await wait_for(self._open_store, caller, task_ids, wanted, timeout_seconds)
         return TaskList(tasks=tuple(map(advise, tasks)), finished=finished(tasks))
 
     @operation("GET", "/tasks", title="List tasks", read_only=True, idempotent=True)
@@ -349,14 +360,12 @@ class Tasks:
         caller: Caller,
         *,
         task_id: TaskId,
-        after: Annotated[
-            int, Field(ge=0, le=2**53, description="Show what follows this line: next_after of the page before.")
-        ] = 0,
+        after: Annotated[int, Field(ge=0, le=2**53, description="next_after of the page before.")] = 0,
         limit: Annotated[int, Field(ge=1, le=1000)] = 100,
         level: Annotated[
             Literal["debug", "info", "warning", "error"] | None, Field(description="The lowest to show.")
         ] = None,
-        kinds: Annotated[list[EventKind], Field(max_length=11)] = [],  # noqa: B006
+        kinds: Annotated[list[Kind], Field(max_length=11, description="Such as text, tool_use, question, error.")] = [],  # noqa: B006
         raw: Annotated[bool, Field(description="With the agent's own messages; only in REST.")] = False,
         tail: Annotated[bool, Field(description="The last lines, whatever else is asked for; only in REST.")] = False,
     ) -> LogPage:
@@ -412,6 +421,7 @@ class Tasks:
         undo: Annotated[bool, Field(description="Take an applied result back, exactly.")] = False,
     ) -> Applied:
         """Write a task's changes into a working tree: all or nothing, never over changes of your own, with a backup.
+
         Where files changed on both sides nothing is written and they are named.
         """
         task = self._store.tasks.get(caller.account_id, task_id)
@@ -502,7 +512,7 @@ def advise(task: Task) -> Task:
         case TaskStatus.QUEUED | TaskStatus.RUNNING:
             step, pause = f"Wait with get_task(task_id={task.task_id!r}, wait_seconds=50).", 5.0
         case TaskStatus.WAITING:
-            step, pause = "The agent asked a question; answer it with send_message.", 5.0
+            step, pause = f"Its agent asks `question`. {how_to_answer(task.task_id, task.asked)}", 5.0
         case TaskStatus.COMPLETED if task.result is None or not _changed(task):
             step, pause = "No file was changed; the agent's answer is in result.summary.", None
         case TaskStatus.COMPLETED:
@@ -513,6 +523,12 @@ def advise(task: Task) -> Task:
             remedy = task.error.remedy if task.error else ""
             step, pause = f"{remedy} Read get_task_logs.{saved}".strip(), None
     return task.model_copy(update={"next_action": step, "poll_after_seconds": pause})
+
+
+def how_to_answer(task_id: str, asked: Asked | None) -> str:
+    """What answers an agent's question: what only its user can know is asked of that person."""
+    named = "" if asked is None else f", question_id={asked.question_id!r}"
+    return f"Ask your user, then call send_message(task_id={task_id!r}{named}, message=the answer)."
 
 
 def _changed(task: Task) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 
@@ -10,6 +11,7 @@ from cloudagent_queue import repository
 from cloudagent_queue.agents import EVENTS
 from cloudagent_queue.follow import CHUNK, Ending, LogReader, read_result
 from cloudagent_queue.placement import Draining, Ended, Placement
+from cloudagent_queue.talk import Talk, open_question
 from cloudagent_storage.errors import (
     CloudAgentError,
     DatabaseUnavailable,
@@ -150,7 +152,7 @@ class Attempt(Placement):
 
     def follow(self) -> Ending:
         """Read the agent's log into the store until the agent ends, or has to be ended."""
-        reader = LogReader(self.log_offset, self.redactor)
+        reader = LogReader(self.log_offset, self.redactor, question=open_question(self.claim))
         limit_s = self.spec.timeout_minutes * 60
         if self.phase in (Phase.SAVE, Phase.VERIFY):
             # It had ended when an earlier attempt died; what it was stopped for, if it was, is still so.
@@ -161,8 +163,11 @@ class Attempt(Placement):
             return ended or Ending.failed(
                 "interrupted", "The agent's result is missing.", "Look at the end of the log."
             )
-        started = time.monotonic() - self.running_s
-        last_event = checkpoint_at = result_at = time.monotonic()
+        talk = Talk(self, reader)
+        now = time.monotonic()
+        started = now - self.running_s
+        """When it would have been, had the agent never waited for its user."""
+        last_event = checkpoint_at = result_at = now
         """The time of the last checkpoint, or since when there was nothing to keep."""
         asked_to_stop: tuple[float, Ending | None] | None = None
         died_at: float | None = None
@@ -171,12 +176,15 @@ class Attempt(Placement):
             if self.worker.stopping.is_set():
                 raise Draining
             chunk, alive = self.box.watch(EVENTS, offset=reader.offset, max_bytes=CHUNK, wait_s=self.timers.watch_s)
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            if waits := talk.waits:
+                started, last_event = started + now - before, now
             ended = None
             if not alive or now - result_at > self.timers.signals_s:  # a runner may hang when it has ended
                 ended, result_at = read_result(self.box), now
             if events := reader.take(chunk):
                 last_event = now
+            said = any(event.kind in ("question", "answer") for event in events)
             self.running_s = now - started
             if more := bool(events) or reader.moved:
                 self.usage = self.whole_usage(reader.usage(self.usage))
@@ -188,6 +196,7 @@ class Attempt(Placement):
                     lease_s=self.timers.lease_s,
                     usage=self.usage,
                     running_seconds=self.running_s,
+                    question=reader.question if said else ...,
                 )
                 self.lease.renewed(signals)
                 # What it said to its end is read, unless something that it left behind talks on and on.
@@ -197,12 +206,16 @@ class Attempt(Placement):
                 if over and (why is None or now - (died_at or now) < self.timers.stop_grace_s):
                     continue
             # Also while there is more to read: an agent that talks faster than it is read is to be stopped, too.
-            if not reader.tool_running and last_event < checkpoint_at:
+            if waits:
+                checkpoint_at = -math.inf if talk.is_new() else now  # one for as long as it may take
+            elif not reader.tool_running and last_event < checkpoint_at:
                 checkpoint_at = now  # it does nothing
             if alive and asked_to_stop is None and now - checkpoint_at > self.timers.checkpoint_s:
                 checkpoint_at = now
                 with self.not_now():
                     self.keep_checkpoint()
+            if alive and ended is None and asked_to_stop is None:
+                talk.hand_on()
             if asked_to_stop is not None:
                 since, ending = asked_to_stop
                 if ended is not None or not alive or now - since > self.timers.stop_grace_s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast, get_args
@@ -13,13 +14,25 @@ from cloudagent_queue.agents import RESULT
 from cloudagent_queue.redact import Redactor
 from cloudagent_queue.sandboxes import Sandbox
 from cloudagent_storage.errors import CloudAgentError
-from cloudagent_storage.records import EventDraft, EventKind, Level, TaskError, TaskErrorCode, TaskStatus, Usage
+from cloudagent_storage.records import (
+    EventDraft,
+    EventKind,
+    Level,
+    Question,
+    TaskError,
+    TaskErrorCode,
+    TaskStatus,
+    Usage,
+)
 
 CHUNK = 1_000_000
 """Bytes read from the log at a time; a single longer line is left out and said to be."""
 RESULT_MAX = 1_000_000
 SUMMARY_MAX = 20_000
 KINDS = frozenset(get_args(EventKind))
+QUESTION_ID = re.compile(r"[a-z0-9_]{1,40}")
+QUESTION_MAX, CHOICES_MAX, CHOICE_MAX = 4000, 10, 100
+"""Characters of a question, choices of one, characters of a choice."""
 REMEDIES: dict[TaskErrorCode, str] = {
     # What the runner may report; anything else counts as the last.
     "max_turns": "The work so far is saved; submit again with a higher max_turns.",
@@ -118,7 +131,12 @@ def read_result(sandbox: Sandbox) -> Ending | None:
 class LogReader:
     """Reads whole lines of the runner's log from a byte offset on."""
 
-    def __init__(self, offset: int, redactor: Redactor) -> None:
+    def __init__(self, offset: int, redactor: Redactor, *, question: Question | None = None) -> None:
+        """`question` is the one that was open there."""
+        self.question = question
+        """What the agent asks, and has seen no answer to."""
+        self.asked = 0
+        """How many questions there were."""
         self.offset = offset
         """Everything before it has been read."""
         self.moved = False
@@ -178,7 +196,22 @@ class LogReader:
             self._usage = _usage(raw.get("usage")) or self._usage
         elif draft.kind == "text":
             self._tools.clear()
+        elif draft.kind == "question" and (question := _question(draft)) is not None:
+            self.question = question
+            self.asked += 1
+        elif draft.kind == "answer":
+            self.question = None
         self.tool_running = bool(self._tools)
+
+
+def _question(draft: EventDraft) -> Question | None:
+    raw = draft.raw or {}
+    question_id, choices = raw.get("question_id"), raw.get("choices")
+    if not isinstance(question_id, str) or not QUESTION_ID.fullmatch(question_id):
+        return None
+    said = cast("list[Any]", choices)[:CHOICES_MAX] if isinstance(choices, list) else []
+    cut = dict.fromkeys(choice[:CHOICE_MAX] for choice in said if isinstance(choice, str) and choice.strip())
+    return Question(question_id=question_id, text=draft.message[:QUESTION_MAX], choices=tuple(cut))
 
 
 def _usage(value: Any) -> Usage | None:

@@ -33,6 +33,8 @@ class Timers:
     idle_s: float = 15 * 60.0
     idle_in_tool_s: float = 60 * 60.0
     """The idle limit while a tool call of the agent runs."""
+    question_s: float = 30 * 60.0
+    """How long an agent's question waits for an answer; then it is told to decide by itself."""
     stop_grace_s: float = 10.0
     """How long an agent that was asked to stop may take."""
     setup_s: float = 15 * 60.0

@@ -12,7 +12,8 @@ The working directory is the sandbox's root. `request.json` holds `prompt`, `cwd
 Claude Code counts cost, tokens and model time over a session's whole life, so they go on where a resumed one stopped.
 
 `inbox/*.json` is read, oldest first: `{"kind": "message", "text"}` goes to the agent, once for each name of a file;
-`{"kind": "stop", "reason"}` ends it. A file that has been dealt with is renamed to `*.read`.
+`{"kind": "answer", "question_id", "text"}` as well, to the tool with which it has asked; `{"kind": "stop", "reason"}`
+ends it. A file that has been dealt with is renamed to `*.read`.
 """
 
 from __future__ import annotations
@@ -45,17 +46,34 @@ STOP_S = 4.0
 BACKGROUND_S = 600.0
 """How long an agent that is done may wait for commands that it left in the background; Claude Code's own limit."""
 CLOSE_S = 15.0
+MAX_CHOICES, MAX_CHOICE = 10, 100
+ASKING = {
+    "type": "object",
+    "properties": {
+        "question": {"type": "string", "description": "With all that your user needs to know to answer it."},
+        "choices": {
+            "type": "array",
+            "items": {"type": "string"},
+            "maxItems": MAX_CHOICES,
+            "description": "Short answers to choose from, where there are few; left out, any words will do.",
+        },
+    },
+    "required": ["question"],
+}
 MAX_TEXT, MAX_LINE, MAX_RAW, MAX_SESSION = 10_000, 200, 200_000, 50_000_000
 ALREADY_RUNNING = 75
 
 NOISE = frozenset({"session_state_changed", "thinking_tokens", "status", "background_tasks_changed", "task_progress"})
 POINTLESS_TOOLS = ["CronCreate", "CronDelete", "CronList", "ScheduleWakeup", "EnterWorktree", "ExitWorktree"]
 """The run ends with the agent's answer, so nothing could wake it later; and work in another worktree would be lost."""
+NOBODY_THERE = ["AskUserQuestion"]
+"""It asks whoever sits at a terminal; `ask_user` takes its place."""
 ENVIRONMENT = {
     "IS_SANDBOX": "1",  # or Claude Code refuses to bypass permissions as root
     "DISABLE_AUTOUPDATER": "1",
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     "CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS": "1",  # how we learn that no further turn is owed
+    "CLAUDE_CODE_SDK_MCP_TOOL_IDLE_TIMEOUT": "86400000",  # ms; the worker says when a question has waited long enough
     "CLAUDE_CODE_PRINT_BG_WAIT_CEILING_MS": "5000",  # after its input is closed; before that we wait ourselves
     "GIT_TERMINAL_PROMPT": "0",
 }
@@ -99,6 +117,10 @@ class Run:
         self.talk = anyio.CancelScope()
         self.send, self.receive = anyio.create_memory_object_stream[dict[str, Any]](1000)
         self.unanswered: set[str] = set()
+        self.one_question = anyio.Lock()
+        self.question_id: str | None = None
+        """Of the question that waits for its answer."""
+        self.answer, self.answered = "", anyio.Event()
         self.state: str | None = None
         self.background = 0
         self.last_message = time.monotonic()
@@ -127,7 +149,8 @@ class Run:
             # hooks. They may do nothing here that the repository's tests could not do as well: the sandbox is the wall.
             setting_sources=["project"],
             system_prompt={"type": "preset", "preset": "claude_code"},
-            disallowed_tools=POINTLESS_TOOLS,
+            disallowed_tools=[*POINTLESS_TOOLS, *NOBODY_THERE],
+            mcp_servers={"user": self._ask_server()},
             resume=self.request.get("resume"),
             max_turns=self.request.get("max_turns"),
             max_budget_usd=self.request.get("max_budget_usd"),
@@ -135,6 +158,34 @@ class Run:
             stderr=lambda line: self.log.add("stderr", line, level="warning"),
             extra_args=arguments,
         )
+
+    def _ask_server(self) -> sdk.McpSdkServerConfig:
+        """The tool with which the agent asks its user, in this very process."""
+
+        @sdk.tool("ask_user", "Ask your user a question, and wait for the answer.", ASKING)
+        async def ask_user(arguments: dict[str, Any]) -> dict[str, Any]:
+            asked: list[Any] = arguments.get("choices") or []
+            choices = [str(choice)[:MAX_CHOICE] for choice in asked[:MAX_CHOICES]]
+            answer = await self._ask(str(arguments["question"]), choices)
+            return {"content": [{"type": "text", "text": answer}]}
+
+        server = sdk.create_sdk_mcp_server("user", tools=[ask_user])
+        # Else it would have to be searched for before it can be called.
+        return cast(sdk.McpSdkServerConfig, {**server, "alwaysLoad": True})
+
+    async def _ask(self, question: str, choices: list[str]) -> str:
+        """Log a question, and wait until the inbox has the answer."""
+        async with self.one_question:
+            raw: dict[str, Any] = {"question_id": f"q_{uuid.uuid4().hex[:12]}", "choices": choices}
+            self.question_id, self.answered = raw["question_id"], anyio.Event()
+            self.log.add("question", question, raw=raw)
+            try:
+                await self.answered.wait()
+                return self.answer
+            finally:
+                if not self.answered.is_set():
+                    self.log.add("answer", "(The agent waits no longer.)", level="debug", raw=raw)
+                self.question_id = None
 
     async def run(self) -> dict[str, Any]:
         """Talk with the agent until nothing more is to come. Returns what result.json holds."""
@@ -177,6 +228,8 @@ class Run:
             resting = self.state != "running"
             if self.closed and resting and quiet > CLOSE_S:
                 self.talk.cancel()
+            elif self.question_id:
+                pass
             elif self.result and resting and not self.unanswered and (not self.background or quiet > BACKGROUND_S):
                 # A result alone is no end: a subagent or command in the background may still wake the agent.
                 self.closed = True
@@ -198,7 +251,13 @@ class Run:
             return
         if kind == "stop":
             await self._stop(text)
-        elif not again:
+        elif again:
+            return
+        elif kind == "answer" and content.get("question_id") == self.question_id:
+            self.log.add("answer", text, raw={"message_id": file.stem, "question_id": self.question_id})
+            self.answer = text
+            self.answered.set()
+        else:
             self.log.add("user", text, raw={"message_id": file.stem})
             await self.send.send(self._say(text))
 
@@ -363,7 +422,17 @@ def plain(content: str | list[dict[str, Any]] | None) -> str:
 
 def main_argument(arguments: Mapping[str, Any], cwd: Path) -> str:
     """What a person wants to see of a tool call: its command, file, pattern or description."""
-    for name in ("command", "file_path", "notebook_path", "pattern", "url", "query", "description", "skill"):
+    for name in (
+        "command",
+        "file_path",
+        "notebook_path",
+        "pattern",
+        "url",
+        "query",
+        "question",
+        "description",
+        "skill",
+    ):
         if value := arguments.get(name):
             return str(value).removeprefix(f"{cwd}/")
     return json.dumps(arguments, ensure_ascii=False)

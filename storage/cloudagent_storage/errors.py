@@ -16,6 +16,7 @@
     + TaskNotFound, ScheduleNotFound, KeyNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
     + NotReady, NoChanges, AlreadyApplied, NothingToUndo, Busy
+    + TaskEnded, QuestionClosed
     + TaskExpired
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
     + LimitReached
@@ -345,6 +346,21 @@ class TaskExpired(NotNow):
     field = "task_id"
 
 
+class TaskEnded(NotNow):
+    """The task has ended, and nobody is there to hear."""
+
+    code = "task_ended"
+    remedy = "Submit a new task, or try this one once more with retry_task."
+
+
+class QuestionClosed(NotNow):
+    """That question is not open any more: it was answered, given up, or its sandbox has died."""
+
+    code = "question_closed"
+    remedy = "Look at the task with get_task; leave question_id out to tell its agent something all the same."
+    field = "question_id"
+
+
 class NoChanges(NotNow):
     """The task changed no file."""
 
@@ -394,8 +410,10 @@ class ConfirmationNeeded(NotNow):
     """The result changes files that can make a machine execute things; nothing was written."""
 
     code = "confirmation_needed"
-    remedy = "Read their diff, then name each in allow_sensitive."
+    remedy = "Ask your user to read their diff; then name each in allow_sensitive."
     field = "allow_sensitive"
+    files: tuple[str, ...] = ()
+    """Their paths, as far as whoever refuses knows them."""
 
 
 class TargetNotAllowed(NotNow):

@@ -229,6 +229,21 @@ class TaskError(Record):
     remedy: str
 
 
+class Asked(Record):
+    """Since when a task waits for an answer to its `question`, and what would be one."""
+
+    question_id: str
+    choices: tuple[str, ...] = ()
+    """What its user is to choose from; empty where any words will do. Untrusted text, as the question is."""
+    asked_at: datetime | None = None
+
+
+class Question(Asked):
+    """What an agent asks its user."""
+
+    text: str
+
+
 class Task(Record):
     """One prompt for one agent on one repository: what users see of it. Absent is null, never missing."""
 
@@ -262,6 +277,8 @@ class Task(Record):
     error: TaskError | None = None
     usage: Usage = Usage()
     question: str | None = None
+    """What the agent asks its user; the task waits. Untrusted text."""
+    asked: Asked | None = None
     next_action: str | None = None
     poll_after_seconds: float | None = None
 
@@ -271,7 +288,7 @@ class TaskHead(Record):
 
     status: TaskStatus
     phase: Phase | None
-    question: str | None
+    question_id: str | None
     last_seq: int
     """The number of the last line in its log."""
     expired: bool
@@ -319,10 +336,22 @@ class TaskPage(Record):
 
 
 class Message(Record):
-    """Something that a user said to a running agent."""
+    """Something that a user said to an agent."""
 
     message_id: str
     text: str
+    answers: str | None = None
+    """The id of the question that it is the answer to."""
+
+
+class PendingQuestion(Asked):
+    """A question of an agent that nobody has answered."""
+
+    task_id: str
+    title: str
+    question: str
+    """Untrusted text."""
+    next_action: str | None = None
 
 
 class Signals(Record):
@@ -347,6 +376,8 @@ class Claim(Record):
     """Where that sandbox is, if only workers of that place reach it."""
     sandbox_age_s: float = 0.0
     """How old it was when the task was claimed."""
+    question_age_s: float = 0.0
+    """How long its question, if there is one, had not been answered by then."""
     sandbox_losses: int = 0
     """How many sandboxes have died under this task."""
     log_offset: int

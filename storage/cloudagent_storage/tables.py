@@ -116,6 +116,9 @@ class TaskRow(Model):
     error = Json(null=True)
     usage = Json(null=True)
     question = Text(null=True)
+    asked = Json(null=True)
+    """The question's id, and what there is to choose from."""
+    asked_at = Utc(null=True)
     credentials = BlobField(null=True)
     """Sealed; gone when the task has ended."""
     git_credentials = BlobField(null=True)
@@ -198,6 +201,8 @@ class MessageRow(Model):
     message_id = CharField(40, unique=True)
     task_id = CharField(40)
     text = Text()
+    answers = CharField(64, null=True)
+    """The id of the question that it is the answer to."""
     created_at = Utc()
     delivered_at = Utc(null=True)
 

@@ -10,7 +10,7 @@ import pytest
 from cloudagent_storage.errors import TaskNotFound
 from cloudagent_storage.records import LOCAL_ACCOUNT, Claim, Priority, TaskSpec, TaskStatus
 from cloudagent_storage.store import Store
-from tests.support.stored import EXPIRED, at_once, claimed, line, queued
+from tests.support.stored import EXPIRED, ask, at_once, claimed, line, queued
 
 
 def submit(store: Store, account_id: str = LOCAL_ACCOUNT, priority: Priority = Priority.NORMAL) -> str:
@@ -182,7 +182,7 @@ def test_the_overview_shows_what_waits_what_runs_where_and_the_last_sweep(store:
     store.workers.report("w", place="here", version="7", concurrency=3, swept=True)
     running = claimed(store)
     store.tasks.follow(running.task.task_id, 1, [line()], log_offset=1, lease_s=60)
-    store.tasks.update(running.task.task_id, 1, question=None)
+    ask(store, running.task.task_id, 1, None)
     submit(store)
     seen = store.backlog.overview()
     assert [(account.account_id, account.queued, account.running) for account in seen.accounts] == [

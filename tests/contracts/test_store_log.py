@@ -11,7 +11,7 @@ import pytest
 from cloudagent_storage.errors import DatabaseUnavailable
 from cloudagent_storage.records import LOCAL_ACCOUNT, Event, EventDraft, Level, LogPage, TaskStatus, Usage
 from cloudagent_storage.store import Store
-from tests.support.stored import claimed, line, messages, queued
+from tests.support.stored import ask, claimed, line, messages, queued
 
 
 def test_lines_are_numbered_from_one_and_come_in_their_order(store: Store) -> None:
@@ -161,7 +161,7 @@ def test_what_a_database_cannot_keep_is_replaced(store: Store) -> None:
         "\\u0000": 1,
     }
     assert store.tasks.get(LOCAL_ACCOUNT, task_id).usage == Usage()
-    store.tasks.update(task_id, claim.attempt, question="\x00\udfff?")
+    ask(store, task_id, claim.attempt, "\x00\udfff?")
     assert store.tasks.get(LOCAL_ACCOUNT, task_id).question == "\ufffd\ufffd?"
 
 

@@ -11,13 +11,13 @@ from cloudagent_storage.errors import (
     AmbiguousId,
     CloudAgentError,
     InvalidCursor,
-    NotNow,
     RepositoryTooLarge,
+    TaskEnded,
     TaskNotFound,
 )
 from cloudagent_storage.records import LOCAL_ACCOUNT, BlobKind, TaskPage, TaskSpec, TaskStatus, Usage, new_id
 from cloudagent_storage.store import Store
-from tests.support.stored import at_once, claimed, line, messages, queued
+from tests.support.stored import ask, at_once, claimed, line, messages, queued
 
 SPEC = TaskSpec(
     prompt="Fix the bug. ✓",
@@ -211,21 +211,21 @@ def test_of_many_cancels_at_once_one_changes_something(store: Store) -> None:
 
 def test_a_message_reaches_the_worker_until_it_is_delivered(store: Store) -> None:
     task_id = queued(store)
-    with pytest.raises(NotNow):
-        store.messages.add(LOCAL_ACCOUNT, task_id, "too early")
+    early = store.messages.add(LOCAL_ACCOUNT, task_id, "before it starts")
     claim = claimed(store, task_id)
     first = store.messages.add(LOCAL_ACCOUNT, task_id, "one")
     second = store.messages.add(LOCAL_ACCOUNT, task_id, "two \x00")
-    assert store.tasks.signals(task_id, claim.attempt).messages == (first, second)
+    assert store.tasks.signals(task_id, claim.attempt).messages == (early, first, second)
     assert second.text == "two \ufffd"
-    store.messages.delivered(task_id, claim.attempt, [first.message_id])
+    store.messages.delivered(task_id, claim.attempt, [early.message_id, first.message_id])
     assert store.tasks.renew(task_id, claim.attempt, lease_s=60).messages == (second,)
-    store.tasks.update(task_id, claim.attempt, question="Which one?")
+    ask(store, task_id, claim.attempt)
     third = store.messages.add(LOCAL_ACCOUNT, task_id, "three")
     answer = store.tasks.follow(task_id, claim.attempt, [], log_offset=1, lease_s=60)
     assert answer.messages == (second, third)
+    assert [message.answers for message in answer.messages] == [None, "q_1"]
     store.tasks.finish(task_id, claim.attempt, status=TaskStatus.COMPLETED)
-    with pytest.raises(NotNow):
+    with pytest.raises(TaskEnded):
         store.messages.add(LOCAL_ACCOUNT, task_id, "too late")
 
 

@@ -25,7 +25,7 @@ from cloudagent_storage.store import Store
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.row import find
 from cloudagent_storage.store.tasks import Tasks
-from tests.support.stored import EXPIRED, at_once, claimed, in_processes, line, messages, queued
+from tests.support.stored import EXPIRED, ask, at_once, claimed, in_processes, line, messages, queued
 
 FAILED = TaskError(code="agent_error", message="It failed.", remedy="Try again.")
 
@@ -111,7 +111,7 @@ WORKER_WRITES: list[Callable[[Store, str, int], object]] = [
     lambda store, task_id, attempt: store.tasks.renew(task_id, attempt, lease_s=60),
     lambda store, task_id, attempt: store.tasks.signals(task_id, attempt),
     lambda store, task_id, attempt: store.tasks.update(task_id, attempt, phase=Phase.AGENT, sandbox_id="sbx"),
-    lambda store, task_id, attempt: store.tasks.update(task_id, attempt, question="Which?", lease_s=60),
+    lambda store, task_id, attempt: store.messages.give_up(task_id, attempt, "q_1", told="No.", line=line()),
     lambda store, task_id, attempt: store.tasks.follow(task_id, attempt, [line()], log_offset=99, lease_s=60),
     lambda store, task_id, attempt: store.tasks.release(task_id, attempt, line=line()),
     lambda store, task_id, attempt: store.tasks.finish(
@@ -232,12 +232,12 @@ def test_the_next_attempt_goes_on_where_the_last_one_stopped(store: Store) -> No
 def test_a_question_makes_a_task_wait_and_the_answer_lets_it_run(store: Store) -> None:
     claim = claimed(store)
     task_id = claim.task.task_id
-    store.tasks.update(task_id, claim.attempt, question="Which one?")
+    ask(store, task_id, claim.attempt, "Which one?")
     task = store.tasks.get(LOCAL_ACCOUNT, task_id)
     assert (task.status, task.question) == (TaskStatus.WAITING, "Which one?")
     store.tasks.update(task_id, claim.attempt, phase=Phase.AGENT)
     assert status(store, task_id) is TaskStatus.WAITING
-    store.tasks.update(task_id, claim.attempt, question=None)
+    ask(store, task_id, claim.attempt, None)
     task = store.tasks.get(LOCAL_ACCOUNT, task_id)
     assert (task.status, task.question) == (TaskStatus.RUNNING, None)
 
@@ -245,11 +245,10 @@ def test_a_question_makes_a_task_wait_and_the_answer_lets_it_run(store: Store) -
 def test_a_waiting_task_is_claimed_again_and_ended_like_a_running_one(store: Store) -> None:
     claim = claimed(store)
     task_id = claim.task.task_id
-    store.tasks.update(task_id, claim.attempt, question="Which one?", lease_s=EXPIRED)
+    ask(store, task_id, claim.attempt, lease_s=EXPIRED)
     assert store.tasks.due(waited_s=0) == [task_id]
     again = claimed(store, task_id)
-    assert (again.attempt, again.task.status, again.task.question) == (2, TaskStatus.RUNNING, "Which one?")
-    store.tasks.update(task_id, again.attempt, question="Which one?")
+    assert (again.attempt, again.task.status, again.task.question) == (2, TaskStatus.WAITING, "Which one?")
     ended = store.tasks.finish(task_id, again.attempt, status=TaskStatus.CANCELLED)
     assert (ended.status, ended.question) == (TaskStatus.CANCELLED, None)
 
@@ -457,7 +456,7 @@ def test_unfinished_counts_what_has_not_ended(store: Store) -> None:
     assert store.tasks.unfinished() == 0
     queued(store)
     claim, waiting = claimed(store), claimed(store)
-    store.tasks.update(waiting.task.task_id, waiting.attempt, question="Which?")
+    ask(store, waiting.task.task_id, waiting.attempt, "Which?")
     assert store.tasks.unfinished() == 3
     store.tasks.finish(claim.task.task_id, claim.attempt, status=TaskStatus.FAILED)
     assert store.tasks.unfinished() == 2

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mcp import Client
+from mcp.shared.exceptions import MCPError
 from starlette.testclient import TestClient
 
-from cloudagent_mcp.server import http_app
+from cloudagent_mcp.server import http_app, mcp_server
 from cloudagent_storage.errors import TaskExpired
 from cloudagent_storage.records import LOCAL_ACCOUNT, TaskSpec, TaskStatus
 from cloudagent_storage.store import Store
@@ -40,6 +42,18 @@ def test_rest_says_that_the_material_of_an_expired_task_is_gone(world: World, ro
         answer = http.post(url) if route == "apply" else http.get(url)
         assert (answer.status_code, answer.json()["code"]) == (410, "task_expired")
         assert "RETENTION_DAYS" in answer.json()["remedy"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("part", ["log", "diff"])
+async def test_a_resource_of_an_expired_task_says_that_it_is_gone(world: World, part: str) -> None:
+    app = world.app()
+    task_id = expired_task(app.store)
+    async with Client(mcp_server(app, remote=False)) as client:
+        with pytest.raises(MCPError) as refused:
+            await client.read_resource(f"task://{task_id}/{part}")
+        assert refused.value.error.data["code"] == "task_expired" and "RETENTION_DAYS" in refused.value.message
+        assert "pruned" in str((await client.read_resource(f"task://{task_id}")).contents)
 
 
 def test_a_result_that_has_expired_is_not_applied(world: World, repo: Path) -> None:

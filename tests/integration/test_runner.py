@@ -542,3 +542,53 @@ def test_what_the_worker_tells_lands_in_the_inbox(tmp_path: Path) -> None:
     Claude().tell(sandbox, "msg_1", {"kind": "message", "text": "hi"})
     assert json.loads(sandbox.read("run/inbox/msg_1.json", max_bytes=100)) == {"kind": "message", "text": "hi"}
     sandbox.kill()
+
+
+ASK = Rule(
+    prompt="^Ask",
+    turns=(use("mcp__user__ask_user", question="Which database?", choices=["a", "b"]), say("Chosen: {{result}}.")),
+)
+
+
+def question_of(box: Box) -> str:
+    """The id of the question that it asks."""
+    (asked,) = until(lambda: [event for event in box.events() if event["kind"] == "question"], "it asks")
+    assert (asked["message"], asked["raw"]["choices"]) == ("Which database?", ["a", "b"])
+    return asked["raw"]["question_id"]
+
+
+def test_the_agent_asks_its_user_and_goes_on_with_the_answer(box: Box) -> None:
+    with ScriptedModel([ASK]) as model:
+        process = box.start(model, "Ask me")
+        question_id = question_of(box)
+        box.tell("msg_1", kind="answer", question_id=question_id, text="a")
+        until(lambda: box.said("answer"), "the answer is taken")
+        box.tell("msg_1", kind="answer", question_id=question_id, text="a")  # by a worker that does not know of it
+        assert process.wait(60) == 0
+        assert box.result()["summary"] == "Chosen: a."
+        assert (box.said("answer"), box.said("user")) == (["a"], [])
+        tools = [tool["name"] for tool in model.requests[0].body["tools"]]
+        assert "mcp__user__ask_user" in tools and "AskUserQuestion" not in tools
+
+
+def test_what_answers_no_open_question_is_told_as_a_message(box: Box) -> None:
+    with ScriptedModel([ASK, Rule(prompt="late words", turns=(say("Heard."),))]) as model:
+        process = box.start(model, "Ask me")
+        question_id = question_of(box)
+        box.tell("msg_1", kind="answer", question_id="q_of_another_sandbox", text="late words")
+        until(lambda: box.said("user"), "it is logged as a message")
+        assert box.said("answer") == []
+        box.tell("msg_2", kind="answer", question_id=question_id, text="b")
+        assert process.wait(60) == 0
+        assert box.said("user") == ["late words"] and box.said("answer") == ["b"]
+
+
+def test_an_agent_that_waits_for_an_answer_obeys_a_stop(box: Box) -> None:
+    with ScriptedModel([ASK]) as model:
+        process = box.start(model, "Ask me")
+        question_of(box)
+        box.tell("stop", kind="stop", reason="Enough.")
+        assert process.wait(30) == 0
+        assert box.result()["outcome"] == "stopped"
+        assert not box.processes()
+        assert box.said("answer") == ["(The agent waits no longer.)"]

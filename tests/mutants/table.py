@@ -16,6 +16,7 @@ LEASES = "tests/faults/test_leases.py"
 SWEEP = "tests/integration/test_worker.py"
 BACKLOG = "tests/contracts/test_store_backlog.py"
 PROCESSES = "tests/faults/test_workers.py"
+QUESTIONS = "tests/contracts/test_store_questions.py"
 SANDBOXES = "tests/faults/test_sandboxes.py"
 CLOUD = "tests/cloud"
 CLOUD_TASKS = "tests/faults/test_cloud.py"
@@ -207,8 +208,8 @@ MUTANTS = (
     Mutant(
         "the_next_attempt_reads_the_log_from_its_start",
         f"{QUEUE}/attempt.py",
-        "LogReader(self.log_offset, self.redactor)",
-        "LogReader(0, self.redactor)",
+        "LogReader(self.log_offset, ",
+        "LogReader(0, ",
         (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[sqlite]",),
         fast=False,
     ),
@@ -543,5 +544,59 @@ MUTANTS = (
         "                    self._interrupt()\n                    self._interrupt = None\n",
         ("tests/integration/test_worker.py::test_a_cancel_interrupts_a_long_call_from_the_leases_own_thread[sqlite]",),
         fast=False,
+    ),
+    # -- questions -------------------------------------------------------------------------------------------------
+    Mutant(
+        "an_answer_leaves_the_question_open",
+        f"{STORE}/messages.py",
+        "closed = {} if answers is None else asking(self._db, None)",
+        "closed = {}",
+        (f"{QUESTIONS}::test_the_first_answer_closes_the_question_and_the_task_runs[sqlite]",),
+        seen_by_model=True,
+    ),
+    Mutant(
+        "an_answer_goes_to_the_next_question",
+        f"{STORE}/messages.py",
+        "                raise QuestionClosed()",
+        "                pass",
+        (f"{QUESTIONS}::test_an_answer_to_a_named_question_is_never_that_to_the_next[sqlite]",),
+    ),
+    Mutant(
+        "a_claim_forgets_the_question",
+        f"{STORE}/backlog.py",
+        "Case(None, [(rows.question.is_null(False), TaskStatus.WAITING)], TaskStatus.RUNNING)",
+        "TaskStatus.RUNNING",
+        (f"{QUESTIONS}::test_a_question_and_its_answer_outlive_the_worker[sqlite]",),
+        fast=False,
+        seen_by_model=True,
+    ),
+    Mutant(
+        "an_answer_is_handed_on_again",
+        f"{QUEUE}/talk.py",
+        "        if fresh:\n",
+        "        if not at:\n",
+        (
+            "tests/faults/test_questions.py"
+            "::test_the_question_of_a_sandbox_that_dies_is_void_and_the_next_agent_asks_anew[sqlite]",
+        ),
+        fast=False,
+    ),
+    Mutant(
+        "waiting_counts",
+        f"{QUEUE}/attempt.py",
+        "started, last_event = started + now - before, now",
+        "last_event = now",
+        ("tests/faults/test_questions.py::test_waiting_counts_toward_no_limit",),
+        fast=False,
+    ),
+    Mutant(
+        "a_declined_form_is_consent",
+        "cloudagent_mcp/elicitation.py",
+        'if result is None or result.action != "accept" or ',
+        "if result is None or ",
+        (
+            "tests/integration/test_elicitation.py"
+            "::test_without_the_persons_consent_nothing_is_written_whatever_the_model_names[declined-unnamed-auto]",
+        ),
     ),
 )

@@ -250,8 +250,10 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(task=A_TASK)
     def say(self, task: Modelled) -> None:
-        if task.active:
+        if not task.ended:
             task.undelivered.append(self.store.messages.add(LOCAL_ACCOUNT, task.task_id, "hello").message_id)
+            # An answer closes the question.
+            task.question, task.status = None, task.status if task.status is QUEUED else RUNNING
         else:
             with pytest.raises(NotNow):
                 self.store.messages.add(LOCAL_ACCOUNT, task.task_id, "hello")
@@ -332,7 +334,8 @@ class Protocol(RuleBasedStateMachine):
             task.log.append("3 workers in a row were lost while they ran this task.")
             return None
         assert len(got) == 1, "a task has one worker"
-        task.status, task.lease_until, task.rung_at = RUNNING, self.now + LEASE, None
+        task.status = RUNNING if task.question is None else WAITING
+        task.lease_until, task.rung_at = self.now + LEASE, None
         task.attempt += 1
         (claim,) = got
         assert claim.attempt == task.attempt and claim.log_offset == task.offset
@@ -398,6 +401,7 @@ class Protocol(RuleBasedStateMachine):
         if not self.written(hand, lambda: self.store.tasks.begin_sandbox(task_id, attempt, **sandbox))[0]:
             return
         task.nonce, task.sandbox_id = nonce, None
+        task.question, task.status = None, RUNNING
         task.offset = hand.offset = 0
         yield
         hand.box = Box(new_id("sbx"), task, nonce)
@@ -467,7 +471,14 @@ class Protocol(RuleBasedStateMachine):
 
     @by_hand(question=st.sampled_from([None, "Which?"]))
     def ask(self, hand: Hand, question: str | None) -> None:
-        if self._update(hand, question=question):
+        asked = None if question is None else records.Question(question_id="q_1", text=question)
+        at = {"log_offset": hand.offset, "lease_s": LEASE, "question": asked}
+        done, signals = self.written(
+            hand, lambda: self.store.tasks.follow(hand.task.task_id, hand.claim.attempt, [], **at)
+        )
+        if done:
+            hand.task.lease_until = self.now + LEASE
+            self.heard(hand.task, signals)
             hand.task.question, hand.task.status = question, RUNNING if question is None else WAITING
 
     @by_hand()

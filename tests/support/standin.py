@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cloudagent_queue import talk
 from cloudagent_queue.agents import REPOSITORY_FOLDER, RUN_FOLDER
 from cloudagent_queue.sandboxes import Sandbox
 from cloudagent_storage.records import TaskSpec
@@ -55,3 +56,8 @@ class StandIn:
 
     def session(self, sandbox: Sandbox) -> bytes | None:
         return None
+
+
+def who_asks_has_no_time_for_it(_: Mapping[str, Any]) -> None:
+    """A hook: in this process a task's first question is one too many."""
+    talk.QUESTIONS_MAX = 0

@@ -8,13 +8,15 @@ The prompt is a JSON object; all of it may be left out:
     pad                 how many more characters each event has (0)
     gate                before the last step, wait until a file of this name is in the journal's folder
     die_at              the step at which it kills itself, without a result
+    ask_at              the step before which it asks its user a question, and waits for the answer
     hang_at             the step at which it says nothing more, though it obeys a stop
     ignore_stop         it does not obey, SIGTERM neither
     die_worker          the step from which on it kills every worker that follows it, and says nothing more; on this
                         machine only, as a sandbox elsewhere has no such processes
 
 The journal is `<folder>/<task>.jsonl`. Each line has `what`, `pid`, `sandbox` and `at`, the machine's monotonic time:
-`start`, `call` (with `step`), `killed_worker`, `stop`, `end` (with `outcome` and `events`), and `overlap` instead of
+`start`, `call` (with `step`), `asked`, `told` (with what came in, and `late` for what was no answer to it),
+`killed_worker`, `stop`, `end` (with `outcome` and `events`), and `overlap` instead of
 `start` where another agent of the same task lives, which is known by a lock that an agent holds for its life.
 """
 
@@ -43,6 +45,7 @@ class Agent:
         self.log = os.open("run/events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.events = 0
         self.stopped = False
+        self.question: str | None = None
 
     def note(self, what: str, **more: Any) -> None:
         line = {"what": what, "pid": os.getpid(), "sandbox": self.sandbox, "at": time.monotonic(), **more}
@@ -83,6 +86,10 @@ class Agent:
     def take(self, step: int) -> None:
         if step == self.prompt.get("die_at"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.prompt.get("ask_at"):
+            self.ask()
+            if self.stopped:
+                return
         while step == self.prompt.get("hang_at") and not self.stopped:
             self.rest(0.05)
         if step == self.prompt.get("die_worker"):
@@ -93,14 +100,24 @@ class Agent:
             self.say(f"step {step}" + "." * int(self.prompt.get("pad", 0)))
         self.rest(float(self.prompt.get("step_s", 0.1)))
 
-    def say(self, message: str) -> None:
+    def ask(self) -> None:
+        self.question = f"q_{os.urandom(6).hex()}"
+        self.note("asked", question_id=self.question)
+        self.say("Which one?", kind="question", question_id=self.question, choices=["this", "that"])
+        while self.asks() and not self.stopped:
+            self.rest(0.05)
+
+    def asks(self) -> bool:
+        return self.question is not None
+
+    def say(self, message: str, *, kind: str = "text", **raw: Any) -> None:
         event = {
             "seq": self.events + 1,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "kind": "text",
+            "kind": kind,
             "level": "info",
             "message": message,
-            "raw": {"number": self.events},
+            "raw": {"number": self.events, **raw},
         }
         self.events += 1
         line = json.dumps(event).encode() + b"\n"
@@ -119,10 +136,26 @@ class Agent:
 
     def look(self) -> None:
         for file in sorted(Path("run/inbox").glob("*.json")):
-            if json.loads(file.read_bytes())["kind"] == "stop" and not self.prompt.get("ignore_stop"):
+            message = json.loads(file.read_bytes())
+            if message["kind"] != "stop":
+                self.take_in(file, message)
+            elif not self.prompt.get("ignore_stop"):
                 if not self.stopped:
                     self.note("stop")
                 self.stopped = True
+
+    def take_in(self, file: Path, message: dict[str, Any]) -> None:
+        """What the user says, once for each name of a file, as the runner does it."""
+        done = file.with_suffix(".json.read")
+        again = done.exists()
+        file.replace(done)
+        if again:
+            return
+        answers = message["kind"] == "answer" and message["question_id"] == self.question
+        self.note("told", file=file.stem, late=not answers, **message)
+        self.say(message["text"], kind="answer" if answers else "user")
+        if answers:
+            self.question = None
 
     def kill_workers(self) -> None:
         """Kill whoever begins to follow this task, one second later: by then it has read all that there is."""

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import TypeVar
 
-from cloudagent_storage.records import LOCAL_ACCOUNT, Claim, EventDraft, TaskSpec
+from cloudagent_storage.records import LOCAL_ACCOUNT, Claim, EventDraft, Question, TaskSpec
 from cloudagent_storage.store import Store
 
 T = TypeVar("T")
@@ -34,6 +34,12 @@ def claimed(store: Store, task_id: str | None = None, *, lease_s: float = 60.0) 
     claim = store.tasks.claim(task_id or queued(store), worker="worker", lease_s=lease_s)
     assert claim is not None
     return claim
+
+
+def ask(store: Store, task_id: str, attempt: int, text: str | None = "Which one?", *, lease_s: float = 60.0) -> None:
+    """Its agent asks that, as question `q_1`; or, with None, waits for nothing any more."""
+    question = None if text is None else Question(question_id="q_1", text=text, choices=("this", "that"))
+    store.tasks.follow(task_id, attempt, [], log_offset=1, lease_s=lease_s, question=question)
 
 
 def messages(store: Store, task_id: str) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from cloudagent_queue.agents import EVENTS, RESULT
 from cloudagent_queue.follow import CHUNK, LogReader, read_result
 from cloudagent_queue.redact import Redactor
-from cloudagent_storage.records import EventDraft, Level, TaskStatus, Usage
+from cloudagent_storage.records import EventDraft, Level, Question, TaskStatus, Usage
 
 SECRET = "sk-secret-0123456789"
 
@@ -140,3 +140,41 @@ def test_a_result_is_bounded() -> None:
     ending = result({"outcome": "completed", "summary": "x" * 500_000, "model": "m" * 1000, "usage": {"turns": 1}})
     assert ending.status is TaskStatus.COMPLETED
     assert len(ending.summary) == 20_000 and len(ending.model) == 100
+
+
+def test_a_question_is_open_until_an_answer_is_read() -> None:
+    log, files = reader(event("question", "Which?", raw={"question_id": "q_1", "choices": ["a", "b"]}))
+    read(log, files)
+    assert log.question == Question(question_id="q_1", text="Which?", choices=("a", "b"))
+    files.content[EVENTS] += event("text", "Meanwhile")
+    read(log, files)
+    assert log.question is not None
+    files.content[EVENTS] += event("answer", "a", raw={"question_id": "q_1"})
+    read(log, files)
+    assert log.question is None and log.asked == 1
+
+
+@pytest.mark.parametrize("question_id", [None, 5, "", "Q 1", "../x", "q" * 41, ["q"], "q\n"])
+def test_a_question_without_a_usable_id_cannot_be_answered_and_makes_nobody_wait(question_id: Any) -> None:
+    log, files = reader(event("question", "Which?", raw={"question_id": question_id}))
+    assert [draft.kind for draft in read(log, files)] == ["question"]
+    assert log.question is None
+
+
+def test_a_question_is_cut_to_what_a_person_can_choose_from_and_holds_no_secret() -> None:
+    odd: list[Any] = [
+        "",
+        " ",
+        7,
+        None,
+        "same",
+        "same",
+        f"the key is {SECRET}",
+        *("x" * 500 + str(n) for n in range(50)),
+    ]
+    log, files = reader(event("question", "W" * 9000, raw={"question_id": "q_1", "choices": odd}))
+    read(log, files)
+    assert log.question is not None
+    assert len(log.question.text) == 4000 and len(log.question.choices) <= 10
+    assert max(map(len, log.question.choices)) <= 100 and SECRET not in "".join(log.question.choices)
+    assert len(set(log.question.choices)) == len(log.question.choices)

@@ -24,8 +24,10 @@ COUNTED = ("input_tokens", "output_tokens", "cost_usd", "turns", "model_ms")
 LEAST_USD = 1e-6
 """Claude Code takes no budget of nothing."""
 INSTRUCTIONS = """\
-You work unattended, in a sandbox that is deleted afterwards. Nobody answers questions: decide yourself, and say in \
-your last message what you decided. Your user may send messages while you work.
+You work unattended, in a sandbox that is deleted afterwards. Decide by yourself, and say in your last message what \
+you decided. Only where a decision is truly your user's, cannot be guessed from what you see, and would be costly to \
+take back, ask with the tool ask_user: it waits for the answer, which may take long or never come. Your user may send \
+messages while you work.
 What counts is the state of the git repository in your working directory: whatever git does not ignore there is \
 handed over, committed or not. Stay on the branch that is checked out, and do not push: that is done for you. Before \
 you finish, end every process that you left running in the background."""

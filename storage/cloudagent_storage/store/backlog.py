@@ -220,7 +220,8 @@ def take(db: Database, task_id: str, *, worker: str, lease_s: float) -> Claim | 
         task_id,
         queued | released | expired,
         whole=True,
-        status=TaskStatus.RUNNING,
+        # A question outlives the worker that brought it.
+        status=Case(None, [(rows.question.is_null(False), TaskStatus.WAITING)], TaskStatus.RUNNING),
         attempt=rows.attempt + 1,
         owner=worker,
         lease_until=db.later(lease_s),
@@ -236,6 +237,7 @@ def claim_of(row: TaskRow, *, lease_s: float) -> Claim:
     """What the worker gets that has just claimed this row for `lease_s`."""
     now = row.lease_until - timedelta(seconds=lease_s)
     age_s = 0.0 if row.sandbox_made_at is None else max(0.0, (now - row.sandbox_made_at).total_seconds())
+    asked_s = 0.0 if row.asked_at is None else max(0.0, (now - row.asked_at).total_seconds())
     return Claim(
         task=task_of(row),
         spec=spec_of(row),
@@ -245,6 +247,7 @@ def claim_of(row: TaskRow, *, lease_s: float) -> Claim:
         sandbox_nonce=row.sandbox_nonce,
         sandbox_place=row.sandbox_place,
         sandbox_age_s=age_s,
+        question_age_s=asked_s,
         sandbox_losses=row.sandbox_losses or 0,
         log_offset=row.log_offset,
         running_seconds=row.running_seconds,

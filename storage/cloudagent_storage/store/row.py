@@ -12,9 +12,11 @@ from peewee import Expression
 from cloudagent_storage.errors import LeaseLost, TaskExpired, TaskNotFound
 from cloudagent_storage.records import (
     TERMINAL,
+    Asked,
     EventDraft,
     Message,
     Phase,
+    Question,
     Result,
     Signals,
     Task,
@@ -27,10 +29,11 @@ from cloudagent_storage.records import (
 )
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.log import write_lines
-from cloudagent_storage.tables import TaskRow
+from cloudagent_storage.tables import MessageRow, TaskRow
 
 ACTIVE = (TaskStatus.RUNNING, TaskStatus.WAITING)
 TASK_ID = re.compile(r"task_[a-z2-7]{26}")
+NOTHING_ASKED = {"question": None, "asked": None, "asked_at": None}
 UNSEEN = frozenset({"lease_until", "rung_at", "log_offset", "running_seconds", "usage", "lost_leases"})
 """What changes so often that nobody is told: whoever waits for a task does not wait for these."""
 
@@ -103,10 +106,24 @@ def signals(db: Database, task_id: str, row: TaskRow) -> Signals:
     waiting = messages.select().where(messages.task_id == task_id, messages.delivered_at.is_null())
     return Signals(
         cancel_requested=row.cancel_requested_at is not None,
-        messages=tuple(
-            Message(message_id=message.message_id, text=message.text) for message in waiting.order_by(messages.number)
-        ),
+        messages=tuple(message_of(message) for message in waiting.order_by(messages.number)),
     )
+
+
+def message_of(row: MessageRow) -> Message:
+    return Message(message_id=row.message_id, text=row.text, answers=row.answers)
+
+
+def asking(db: Database, question: Question | None) -> dict[str, Any]:
+    """What the row of a task looks like whose agent asks this, or asks nothing any more."""
+    if question is None:
+        return {"status": TaskStatus.RUNNING, **NOTHING_ASKED}
+    asked = question.model_dump(mode="json", include={"question_id", "choices"})
+    return {"status": TaskStatus.WAITING, "question": question.text, "asked": asked, "asked_at": db.now}
+
+
+def asked_of(row: TaskRow) -> Asked | None:
+    return None if row.asked is None else Asked.model_validate({**row.asked, "asked_at": row.asked_at})
 
 
 def spec_of(row: TaskRow) -> TaskSpec:
@@ -145,6 +162,7 @@ def task_of(row: TaskRow) -> Task:
         # A number that JSON cannot express was kept as null.
         usage=Usage.model_validate({name: value for name, value in (row.usage or {}).items() if value is not None}),
         question=row.question,
+        asked=asked_of(row),
     )
 
 
@@ -157,7 +175,7 @@ def ended(db: Database, status: TaskStatus, *, error: TaskError | None) -> dict[
         "error": json_of(error),
         "completed_at": db.now,
         "phase": None,
-        "question": None,
+        **NOTHING_ASKED,
         "owner": None,
         "lease_until": None,
         "credentials": None,

@@ -7,6 +7,7 @@ import base64
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import EllipsisType
 from typing import Any, TypedDict, Unpack
 
 from peewee import Expression
@@ -19,6 +20,7 @@ from cloudagent_storage.records import (
     EventDraft,
     Idempotency,
     Phase,
+    Question,
     Result,
     Signals,
     Task,
@@ -38,6 +40,7 @@ from cloudagent_storage.store.log import write_lines
 from cloudagent_storage.store.row import (
     ACTIVE,
     TASK_ID,
+    asking,
     change,
     change_held,
     ended,
@@ -71,8 +74,6 @@ class Changes(TypedDict, total=False):
     provider: str | None
     sandbox_id: str | None
     sandbox_losses: int
-    question: str | None
-    """With a question the task waits; without, it runs."""
     usage: Usage
     running_seconds: float
 
@@ -240,7 +241,7 @@ class Tasks:
         """How far these tasks are. One that is unknown or another account's is missing."""
         rows = self._rows
         known = [task_id for task_id in task_ids if TASK_ID.fullmatch(task_id)]
-        columns = [rows.task_id, rows.status, rows.phase, rows.question, rows.last_seq, rows.expired_at]
+        columns = [rows.task_id, rows.status, rows.phase, rows.asked, rows.last_seq, rows.expired_at]
         query = rows.select(*columns).where(rows.account_id == account_id, rows.task_id.in_(known))
         with self._db.reading():
             found = list(query)
@@ -248,7 +249,7 @@ class Tasks:
             row.task_id: TaskHead(
                 status=TaskStatus(row.status),
                 phase=None if row.phase is None else Phase(row.phase),
-                question=row.question,
+                question_id=None if row.asked is None else row.asked["question_id"],
                 last_seq=row.last_seq,
                 expired=row.expired_at is not None,
             )
@@ -308,15 +309,13 @@ class Tasks:
         columns: dict[str, Any] = dict(changes)
         if "usage" in changes:
             columns["usage"] = json_of(changes["usage"])
-        if "question" in changes:
-            columns["status"] = TaskStatus.RUNNING if changes["question"] is None else TaskStatus.WAITING
         if lease_s is not None:
             columns["lease_until"] = self._db.later(lease_s)
         with self._db.writing():
             change_held(self._db, task_id, attempt, **columns)
 
     def begin_sandbox(self, task_id: str, attempt: int, *, nonce: str, provider: str, place: str | None) -> None:
-        """A new sandbox is about to be made, in the place of an earlier one: its id and log are forgotten.
+        """A new sandbox is about to be made, in the place of an earlier one: its id, log and question are forgotten.
 
         Raises `LeaseLost`.
         """
@@ -331,6 +330,7 @@ class Tasks:
                 sandbox_place=place,
                 sandbox_made_at=self._db.now,
                 log_offset=0,
+                **asking(self._db, None),
             )
 
     def follow(
@@ -343,11 +343,12 @@ class Tasks:
         lease_s: float,
         usage: Usage | None = None,
         running_seconds: float | None = None,
+        question: Question | EllipsisType | None = ...,
     ) -> Signals:
         """Take over a part of the runner's log that ends at byte `log_offset`, and renew the lease, in one step.
 
         So no line is lost or kept twice, whatever dies when. New lines are progress: earlier lost leases are forgotten.
-        Raises `LeaseLost`.
+        With a `question` the task waits, with None it runs; left out, nothing changes. Raises `LeaseLost`.
         """
         columns: dict[str, Any] = {"log_offset": log_offset, "lease_until": self._db.later(lease_s)}
         if events:
@@ -356,6 +357,8 @@ class Tasks:
             columns["usage"] = json_of(usage)
         if running_seconds is not None:
             columns["running_seconds"] = running_seconds
+        if not isinstance(question, EllipsisType):
+            columns |= asking(self._db, question)
         with self._db.writing():
             return self._signals(change_held(self._db, task_id, attempt, lines=events, **columns), task_id)
 
