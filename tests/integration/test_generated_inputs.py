@@ -170,7 +170,7 @@ def waits_for_the_end(tool: str) -> bool:
 TOOLS = [
     "submit_task", "get_task", "wait_tasks", "list_tasks", "cancel_task", "retry_task", "get_task_logs",
     "get_task_diff", "apply_task", "get_queue", "create_schedule", "list_schedules", "get_schedule", "update_schedule",
-    "delete_schedule", "run_schedule", "delegate",
+    "delete_schedule", "run_schedule", "delegate", "send_message", "list_pending_questions",
 ]  # fmt: skip
 
 
