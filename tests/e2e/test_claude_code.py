@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cloudagent_mcp.scripted_model import Rule
+from cloudagent_mcp.scripted_model import Rule, ToolUse, Turn
 from tests.e2e.test_clients import stop_embedded_worker
 from tests.e2e.test_one_task import FIX, MENDED, TEST, say
 from tests.support.claude_code import Talk, calls, claude, converse, results, says, tools_called, transcript
@@ -22,11 +22,12 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "clients.md"
 TRANSCRIPT = re.compile(r"(?<=<!-- transcript -->\n```\n).*?(?=\n```\n<!-- end of transcript -->)", re.DOTALL)
 
 PROMPT = "Have cloudagent fix add, checked by the tests, and count the lines meanwhile. Apply the fix."
-COUNT = Rule(prompt="Count the lines", turns=(say("There are 11 lines."),))
+QUESTION = ToolUse(name="mcp__user__ask_user", input={"question": "Do blank lines count?", "choices": ["yes", "no"]})
+COUNT = Rule(prompt="Count the lines", turns=(Turn(blocks=(QUESTION,)), say("I counted, and was told: {{result}}")))
 
 
 def delegation(**where: str) -> Rule:
-    """Submit two tasks, wait for any, read the diff of the one that matters, apply it."""
+    """Submit two tasks, wait for any, answer the question of one, read the diff of the other, apply it."""
     return Rule(
         prompt="Have cloudagent",
         turns=(
@@ -35,7 +36,10 @@ def delegation(**where: str) -> Rule:
                 ("submit_task", {"prompt": "Count the lines", "title": "count", **where}),
             ),
             calls(("wait_tasks", {"task_ids": ["<mend>", "<count>"], "mode": "any", "timeout_seconds": 50})),
-            calls(("get_task", {"task_id": "<mend>", "wait_seconds": 50})),
+            # Whichever comes first, the question is there by now or soon: a wait ends with it, too.
+            calls(("get_task", {"task_id": "<count>", "wait_seconds": 50})),
+            calls(("send_message", {"task_id": "<count>", "message": "no"})),
+            calls(("wait_tasks", {"task_ids": ["<mend>", "<count>"], "timeout_seconds": 50})),
             calls(("get_task", {"task_id": "<mend>", "wait_seconds": 50})),
             calls(("get_task_diff", {"task_id": "<mend>"})),
             calls(("apply_task", {"task_id": "<mend>"})),
@@ -54,8 +58,6 @@ def test_claude_code_delegates_two_tasks_over_stdio_and_applies_one(
         assert "cloudagent" in listed and "Connected" in listed
         messages = converse(world, repo, PROMPT)
     stop_embedded_worker(world)
-    offered = next(message for message in messages if message.get("subtype") == "init")["tools"]
-    assert {f"mcp__cloudagent__{tool}" for tool in tools_called(messages)} <= set(offered)
     assert messages[-1]["result"].startswith("The fix passed")
     assert "return a + b" in results(messages, "get_task_diff")[0]
     assert json.loads(results(messages, "apply_task")[0])["outcome"] == "applied"
@@ -63,6 +65,7 @@ def test_claude_code_delegates_two_tasks_over_stdio_and_applies_one(
     with world.client(repo) as client:
         tasks = {task["title"]: task for task in client.call("list_tasks")["tasks"]}
     assert {task["status"] for task in tasks.values()} == {"completed"} and tasks["mend"]["verdict"] == "passed"
+    assert "no" in tasks["count"]["result"]["summary"]
 
     document = DOCUMENT.read_text()
     shown = transcript(PROMPT, messages).replace(str(repo), "/home/you/calc")

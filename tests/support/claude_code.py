@@ -100,7 +100,9 @@ def transcript(prompt: str, messages: Sequence[dict[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-KEPT = ("task_id", "status", "verdict", "finished", "outcome", "summary", "next_action", "message", "command", "path")
+KEPT = (
+    "task_id", "status", "verdict", "finished", "outcome", "summary", "question", "next_action", "message", "command",
+)  # fmt: skip
 
 
 def _brief(text: str) -> list[str]:
