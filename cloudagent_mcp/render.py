@@ -213,7 +213,7 @@ def show_schedule(schedule: dict[str, Any]) -> None:
         head.append("  paused", "yellow")
     console.print(head)
     task = schedule["task"]
-    rows = {
+    rows: dict[str, Any] = {
         "cron": f"{schedule['cron']}  {schedule['timezone']}",
         "next due": ", ".join(_minute(moment) for moment in schedule["next_due_at"]),
         "prompt": cut(task["prompt"], LINE_MAX),

@@ -28,7 +28,11 @@ from cloudagent_storage.records import LogPage, Record, ScheduleList, TaskPage
 log = logging.getLogger(__name__)
 
 ANSWER_MAX = 30_000
-"""Characters: under 10,000 tokens, so that no answer floods the context that asked for it."""
+"""Bytes of UTF-8, of which a token has three or more: under 10,000, so that no answer floods its reader's context."""
+LEAST_SAID = 32
+"""Characters of each text that are shown at least; an id has no more."""
+ESSENTIAL = {"task_id", "status", "verdict", "title", "prompt", "repository", "branch", "agent", "created_at"}
+"""Of many tasks that are waited for, when they say too much: what their schema wants, and what was waited for."""
 TEXT_ANSWERS = (LogPage, Diff)
 ONLY_REST = {"get_task_logs": ("raw", "tail"), "list_tasks": ("offset",)}
 """Arguments that models are not told of."""
@@ -45,7 +49,11 @@ class OperationTool(Tool):
     def output_schema(self) -> dict[str, Any] | None:
         if self.operation.answer in TEXT_ANSWERS:
             return None
-        return plain_schema(TypeAdapter(self.operation.answer).json_schema(mode="serialization"), of_arguments=False)
+        schema = plain_schema(TypeAdapter(self.operation.answer).json_schema(mode="serialization"), of_arguments=False)
+        # Clients made with version 1 of the TypeScript SDK hold a refusal's content against it, too, and would show
+        # their user that it does not fit instead of what it says.
+        schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["code", "detail", "remedy"]}]
+        return schema
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
         asked = "progress_token" in (context.request_context.meta or {})
@@ -55,7 +63,7 @@ class OperationTool(Tool):
             if isinstance(answer, InputRequiredResult):
                 return answer
             # Shorter pages until one fits: the next one then begins where it ends.
-            while len(shown(answer)) > ANSWER_MAX and (length := _length(answer)) > 1:
+            while (length := _length(answer)) > 1 and _size(shown(answer)) > ANSWER_MAX:
                 answer = await self.operation.call(caller, {**arguments, "limit": length // 2})
         except CloudAgentError as error:
             return refusal(error)
@@ -135,14 +143,22 @@ def shown(answer: Any, *, newest: bool = False) -> str:
         return _log_text(answer, newest=newest)
     if isinstance(answer, Diff):
         return _diff_text(answer)
+    several = isinstance(answer, TaskPage | TaskList | ScheduleList | QuestionList)
+    prompt, said = (100, 500) if several else (500, 6000)
+    text = _json(answer, prompt=prompt, said=said)
     if isinstance(answer, QuestionList):
-        while len(text := _json(answer, prompt=100, said=500)) > ANSWER_MAX and len(answer.questions) > 1:
-            kept = answer.questions[: len(answer.questions) // 2]
-            answer = QuestionList(questions=kept, more=True)
-        return text
-    if isinstance(answer, TaskPage | TaskList | ScheduleList):
-        return _json(answer, prompt=100, said=500)
-    return _json(answer, prompt=500, said=6000)
+        while _size(text) > ANSWER_MAX and len(answer.questions) > 1:
+            answer = QuestionList(questions=answer.questions[: len(answer.questions) // 2], more=True)
+            text = _json(answer, prompt=prompt, said=said)
+    # A page can be asked for anew with fewer entries; of all else, less of each text is shown until it fits.
+    while _size(text) > ANSWER_MAX and said > LEAST_SAID and _length(answer) <= 1:
+        said = max(said // 3, LEAST_SAID)
+        text = _json(answer, prompt=min(prompt, said), said=said)
+    return text
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
 
 
 def _json(answer: Record, *, prompt: int, said: int) -> str:
@@ -151,49 +167,63 @@ def _json(answer: Record, *, prompt: int, said: int) -> str:
             return {key: brief(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
         if isinstance(value, list):
             return [brief(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
-        return cut(clean(value), said) if isinstance(value, str) else value
+        return clean(cut(value, said)) if isinstance(value, str) else value
 
+    brief_tasks = said == LEAST_SAID and isinstance(answer, TaskList)
     plain = answer.model_dump(mode="json")
+    if brief_tasks:
+        plain["tasks"] = [{name: task[name] for name in ESSENTIAL} for task in plain["tasks"]]
     for entry in plain.get("tasks") or plain.get("schedules") or plain.get("questions") or [plain]:
         task = entry.get("task", entry)
         if "prompt" in task:
-            task["prompt"] = cut(task["prompt"], prompt)
+            task["prompt"] = cut(task["prompt"], 0 if brief_tasks else prompt)
     return json.dumps(brief(plain), ensure_ascii=False)
 
 
 def _log_text(page: LogPage, *, newest: bool) -> str:
     """Whole lines, as many as fit; `after` then continues where they end."""
-    lines: list[str] = []
-    size, last, more = 0, page.next_after, page.more
-    for event in reversed(page.lines) if newest else page.lines:
-        line = f"{event.seq} {event.timestamp:%H:%M:%S} {event.level} {event.kind}: {cut(clean(event.message), 2000)}"
-        if size + len(line) > ANSWER_MAX - 1000:
-            if not newest:
-                last, more = event.seq - 1, True
-            break
-        lines.append(line)
-        size += len(line) + 1
+    events = page.lines[::-1] if newest else page.lines
+    lines = _that_fit(
+        (f"{e.seq} {e.timestamp:%H:%M:%S} {e.level} {e.kind}: {clean(cut(e.message, 2000))}" for e in events),
+        ANSWER_MAX - 1000,
+    )
+    last, more = page.next_after, page.more
     if newest:
         lines.reverse()
+    elif len(lines) < len(events):
+        last, more = events[len(lines)].seq - 1, True
     head = f"task_id={page.task_id} next_after={last} more={str(more).lower()}"
     return f"{head}\n{fence(chr(10).join(lines))}" if lines else f"{head}\nNo lines."
 
 
+def _that_fit(lines: Iterable[str], room: int) -> list[str]:
+    """As many of the first lines as there is room for, in bytes."""
+    kept: list[str] = []
+    for line in lines:
+        room -= _size(line) + 1
+        if room < 0:
+            break
+        kept.append(line)
+    return kept
+
+
 def _diff_text(diff: Diff) -> str:
-    files = [
-        f"{file.change} {clean(file.path)} " + ("binary" if file.binary else f"+{file.insertions} -{file.deletions}")
-        for file in diff.files
-    ]
-    head = [f"task_id={diff.task_id} branch={diff.branch} base={diff.base_sha} files={len(files)}", *files[:200]]
-    if len(files) > 200:
-        head.append(f"… and {len(files) - 200} more; ask for a folder with path.")
+    lines = (
+        f"{file.change} {clean(cut(file.path, 1000))} "
+        + ("binary" if file.binary else f"+{file.insertions} -{file.deletions}")
+        for file in diff.files[:200]
+    )
+    files = _that_fit(lines, ANSWER_MAX // 2)
+    head = [f"task_id={diff.task_id} branch={diff.branch} base={diff.base_sha} files={len(diff.files)}", *files]
+    if len(files) < len(diff.files):
+        head.append(f"… and {len(diff.files) - len(files)} more; ask for a folder with path.")
     if diff.truncated:
         head.append("The task changed more than is kept of its diff; apply_task has it all.")
     text = "\n".join(head)
     if not diff.diff:
         return text
-    body, room = diff.diff, ANSWER_MAX - len(text) - 500
-    if len(body) > room:
+    body, room = diff.diff, ANSWER_MAX - _size(text) - 500
+    if _size(body) > room:
         text += "\nThe diff is too long to show whole; ask for single files with path."
-        body = body[:room]
+        body = body.encode()[:room].decode(errors="ignore")
     return f"{text}\n{fence(body)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import unicodedata
+from typing import overload
 
 KEPT = "\n\t"
 
@@ -26,6 +27,10 @@ def fence(text: str) -> str:
     )
 
 
+@overload
+def cut(text: str, limit: int) -> str: ...
+@overload
+def cut(text: None, limit: int) -> None: ...
 def cut(text: str | None, limit: int) -> str | None:
     """At most `limit` characters, and said so where it was longer."""
     if text is None or len(text) <= limit:

@@ -171,9 +171,9 @@ def check_arguments(model: type[BaseModel], arguments: object) -> dict[str, Any]
     for name in given:
         if name not in model.model_fields:
             near = difflib.get_close_matches(str(name), model.model_fields, n=1)
-            known = ", ".join(model.model_fields)
+            known = f"The arguments are: {', '.join(model.model_fields)}." if model.model_fields else "It takes none."
             raise UnknownArgument(
-                remedy=f"Did you mean {near[0]}?" if near else f"The arguments are: {known}.",
+                remedy=f"Did you mean {near[0]}?" if near else known,
                 field=_shown(str(name)),
             )
     for name, value in given.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cloudagent_mcp.operations import Caller
+from cloudagent_mcp.untrusted import clean
 from cloudagent_queue import repository
 from cloudagent_queue.allowed_hosts import WhoMayAsk, check_asked
 from cloudagent_queue.repository import Source, read_source
@@ -41,7 +42,7 @@ def check_task(asked: Mapping[str, Any], allowed: Allowed, *, own_user: bool) ->
     Raises errors under `InvalidInput`.
     """
     prompt: str = asked["prompt"]
-    if not prompt.strip():
+    if not clean(prompt).strip():  # also of what nobody sees, such as spaces without a width
         raise PromptEmpty()
     if len(prompt) > PROMPT_MAX:
         raise PromptTooLong(f"The prompt has {len(prompt)} characters; the limit is {PROMPT_MAX}.")

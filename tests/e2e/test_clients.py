@@ -1,8 +1,7 @@
-"""What clients may do to a task: go away, be killed, be the real Claude Code."""
+"""What clients may do to a task: go away, be killed; and the programs in `examples/`."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from mcp import Client, StdioServerParameters
 
 from cloudagent_mcp.embedded import running_worker
-from cloudagent_mcp.scripted_model import Rule, ScriptedModel, Text, ToolUse, Turn
+from cloudagent_mcp.scripted_model import ScriptedModel
 from tests.e2e.test_one_task import FIX, MENDED, SLOW, STEPS, TEST
 from tests.support.worlds import World, until
 
@@ -51,70 +50,6 @@ async def test_a_client_that_is_killed_in_the_middle_does_not_stop_its_task(worl
                 calls = [line for line in world.log(other, task_id) if line["kind"] == "tool_use"]
                 assert len(calls) == STEPS
     stop_embedded_worker(world)
-
-
-def test_the_real_claude_code_lists_the_tools_and_delegates_a_task_to_its_end(world: World, repo: Path) -> None:
-    """`claude mcp add`, then a conversation whose model is scripted: submit, wait, read the diff, apply."""
-    name = "mcp__cloudagent__"
-    # {{result}} is what the last tool answered; the task's id is the only one in this data folder, so a list finds it.
-    talk = Rule(
-        prompt="Delegate this",
-        turns=(
-            Turn(blocks=(ToolUse(name=f"{name}submit_task", input={"prompt": "Fix add", "verify": TEST}),)),
-            Turn(blocks=(ToolUse(name=f"{name}get_task", input={"task_id": "TASK", "wait_seconds": 50}),)),
-            Turn(blocks=(ToolUse(name=f"{name}get_task", input={"task_id": "TASK", "wait_seconds": 50}),)),
-            Turn(blocks=(ToolUse(name=f"{name}get_task_diff", input={"task_id": "TASK"}),)),
-            Turn(blocks=(ToolUse(name=f"{name}apply_task", input={"task_id": "TASK"}),)),
-            Turn(blocks=(Text(text="Applied."),)),
-        ),
-    )
-    with TaskIdModel([talk, FIX], world) as model:
-        world = world.with_model(model.environment())
-        environment = {
-            **world.environment,
-            "IS_SANDBOX": "1",
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-            "DISABLE_AUTOUPDATER": "1",
-        }
-
-        def claude(*words: str) -> str:
-            done = subprocess.run(
-                [CLAUDE, *words], cwd=repo, env=environment, capture_output=True, text=True, timeout=110
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            return done.stdout
-
-        claude("mcp", "add", "cloudagent", "--", sys.executable, "-m", "cloudagent_mcp", "mcp")
-        listed = claude("mcp", "list")
-        assert "cloudagent" in listed and "Connected" in listed
-        said = claude(
-            *("-p", "Delegate this", "--output-format", "stream-json", "--verbose", "--dangerously-skip-permissions")
-        )
-        messages = [json.loads(line) for line in said.splitlines()]
-        started = next(message for message in messages if message.get("subtype") == "init")
-        assert {f"{name}{tool}" for tool in ("submit_task", "get_task", "apply_task")} <= set(started["tools"])
-        assert messages[-1]["result"] == "Applied.", said
-        assert MENDED in (repo / "calc.py").read_text()
-        with world.client(repo) as client:
-            task = client.call("list_tasks")["tasks"][0]
-            assert (task["status"], task["verdict"]) == ("completed", "passed")
-    stop_embedded_worker(world)
-
-
-class TaskIdModel(ScriptedModel):
-    """Says the newest task's id where the script says TASK: a script is written before there is one."""
-
-    def __init__(self, rules: list[Rule], world: World) -> None:
-        super().__init__(rules)
-        self._world = world
-
-    def choose(self, body: Any) -> Any:
-        turn, fault, values = super().choose(body)
-        if "TASK" in turn.model_dump_json():
-            with self._world.client() as client:
-                task_id = client.call("list_tasks", limit=1)["tasks"][0]["task_id"]
-            turn = Turn.model_validate_json(turn.model_dump_json().replace("TASK", task_id))
-        return turn, fault, values
 
 
 def test_the_example_delegates_a_task_and_applies_it(world: World, repo: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Generator
 from typing import Any, cast
 
@@ -43,95 +42,6 @@ async def submit(mcp: Client, **arguments: Any) -> str:
     result = await mcp.call_tool("submit_task", {"prompt": "Do it.", "repository": "none", **arguments})
     assert not result.is_error, result.content
     return structured(result)["task_id"]
-
-
-BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("submit_task", {"prompt": ""}, "prompt_empty"),
-    ("submit_task", {"prompt": " \n\t"}, "prompt_empty"),
-    ("submit_task", {"prompt": "x" * 100_001}, "prompt_too_long"),
-    ("submit_task", {"prompt": "a\0b"}, "invalid_character"),
-    ("submit_task", {"promt": "x"}, "unknown_argument"),
-    ("submit_task", {"prompt": 5}, "wrong_type"),
-    ("submit_task", {"prompt": "x", "timeout_minutes": 0}, "out_of_range"),
-    ("submit_task", {"prompt": "x", "timeout_minutes": 1441}, "out_of_range"),
-    ("submit_task", {"prompt": "x", "timeout_minutes": "60"}, "wrong_type"),
-    ("submit_task", {"prompt": "x", "max_budget_usd": -5}, "out_of_range"),
-    ("submit_task", {"prompt": "x", "max_turns": 0}, "out_of_range"),
-    ("submit_task", {"prompt": "x", "tags": ["", "a"]}, "out_of_range"),
-    ("submit_task", {"prompt": "x", "provider": "mars"}, "unknown_provider"),
-    ("submit_task", {"prompt": "x", "provider": "unsafe-process"}, "unknown_provider"),
-    ("submit_task", {"prompt": "x", "egress": ["http://example.com/"]}, "invalid_egress"),
-    ("submit_task", {"prompt": "x", "egress": ["127.0.0.1:5432"]}, "invalid_egress"),
-    ("submit_task", {"prompt": "x", "on_interrupt": "hope"}, "out_of_range"),
-    ("submit_task", {"prompt": "x", "repository": "-oProxyCommand=id"}, "repository_not_allowed"),
-    ("submit_task", {"prompt": "x", "repository": "--upload-pack=id"}, "repository_not_allowed"),
-    ("submit_task", {"prompt": "x", "repository": "ext::sh -c id"}, "repository_not_allowed"),
-    ("submit_task", {"prompt": "x", "repository": "https://me:secret@example.com/x.git"}, "credentials_in_url"),
-    ("submit_task", {"prompt": "x", "repository": "https://example.com/x", "base_ref": "-x"}, "invalid_ref"),
-    ("submit_task", {"prompt": "x", "repository": "https://example.com/x", "base_ref": "a..b"}, "invalid_ref"),
-    ("submit_task", {"prompt": "x", "repository": "none", "base_ref": "main"}, "invalid_input"),
-    ("get_task", {"task_id": "task_" + "a" * 26}, "task_not_found"),
-    ("get_task", {"task_id": "../../etc/passwd"}, "task_not_found"),
-    ("get_task", {"task_id": "' OR 1=1 --"}, "task_not_found"),
-    ("get_task", {"task_id": "task_x", "wait_seconds": 51}, "out_of_range"),
-    ("get_task", {"task_id": "task_x", "wait_seconds": -1}, "out_of_range"),
-    ("wait_tasks", {"task_ids": []}, "out_of_range"),
-    ("wait_tasks", {"task_ids": ["task_x"], "mode": "some"}, "out_of_range"),
-    ("cancel_task", {"task_id": "task_x"}, "task_not_found"),
-    ("get_task_logs", {"task_id": "task_x", "limit": 0}, "out_of_range"),
-    ("get_task_logs", {"task_id": "task_x", "after": 2**63}, "out_of_range"),
-    ("get_task_logs", {"task_id": "task_x", "kinds": ["noise"]}, "out_of_range"),
-    ("get_task_diff", {"task_id": "task_x"}, "task_not_found"),
-    ("apply_task", {"task_id": "task_x"}, "task_not_found"),
-    ("list_tasks", {"limit": 0}, "out_of_range"),
-    ("list_tasks", {"limit": 101}, "out_of_range"),
-    ("list_tasks", {"status": "done"}, "out_of_range"),
-    ("list_tasks", {"cursor": "forged"}, "invalid_cursor"),
-]
-
-
-@pytest.mark.parametrize(("tool", "arguments", "code"), BAD)
-async def test_bad_input_over_mcp_is_a_result_that_the_model_can_mend(
-    mcp: Client, world: World, tool: str, arguments: dict[str, Any], code: str
-) -> None:
-    before = structured(await mcp.call_tool("list_tasks", {}))["total"]
-    result = await mcp.call_tool(tool, arguments)
-    assert result.is_error
-    error = structured(result)
-    assert error["code"] == code
-    assert error["detail"] and error["remedy"]
-    text = json.dumps(error) + str(result.content)
-    assert "Traceback" not in text and str(world.home) not in text
-    assert not any(value in text for value in ("secret@", "ProxyCommand", "etc/passwd", "OR 1=1", "forged", "mars"))
-    assert structured(await mcp.call_tool("list_tasks", {}))["total"] == before
-
-
-@pytest.mark.parametrize(("tool", "arguments", "code"), [case for case in BAD if case[0] == "submit_task"])
-async def test_bad_input_over_rest_is_refused_with_the_same_code(
-    rest: TestClient, tool: str, arguments: dict[str, Any], code: str
-) -> None:
-    response = rest.post("/api/v1/tasks", json=arguments)
-    assert response.headers["content-type"] == "application/problem+json"
-    assert (response.json()["code"], response.status_code) == (code, 422)
-
-
-@pytest.mark.parametrize(
-    ("body", "code"),
-    [
-        (b"{", "invalid_json"),
-        (b'{"prompt": "x", "prompt": "y"}', "invalid_json"),
-        (b'{"prompt": "x", "max_budget_usd": NaN}', "invalid_json"),
-        (b'{"prompt": "x", "max_turns": ' + b"9" * 5000 + b"}", "invalid_json"),
-        (b"[" * 50_000, "invalid_json"),
-        (b"[]", "wrong_type"),
-        (b"\xff", "invalid_json"),
-        (b'{"prompt": "' + b"x" * 4_200_000 + b'"}', "out_of_range"),
-    ],
-)
-async def test_a_body_that_is_no_json_object_is_refused(rest: TestClient, body: bytes, code: str) -> None:
-    response = rest.post("/api/v1/tasks", content=body)
-    assert response.json()["code"] == code
-    assert rest.get("/health").status_code == 200
 
 
 async def test_a_task_looks_the_same_over_mcp_and_rest(mcp: Client, rest: TestClient) -> None:
@@ -242,13 +152,6 @@ async def test_every_route_but_health_wants_the_key(rest: TestClient) -> None:
             assert response.headers["www-authenticate"] == "Bearer"
             assert KEY not in response.text
     assert rest.get("/health", headers={"Authorization": ""}).json()["status"] == "ok"
-
-
-async def test_a_foreign_host_or_origin_is_refused_on_every_route(rest: TestClient) -> None:
-    for path in ("/health", "/api/v1/tasks", "/mcp"):
-        assert rest.get(path, headers={"Host": "evil.example"}).status_code == 421
-        assert rest.get(path, headers={"Origin": "https://evil.example"}).status_code == 403
-    assert rest.get("/api/v1/tasks", headers={"Origin": f"http://{HOST}"}).status_code == 200
 
 
 async def test_over_http_apply_writes_nothing_and_says_what_to_type(rest: TestClient, world: World) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import subprocess
 import sys
 from collections.abc import Generator
@@ -15,28 +13,15 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
 from cloudagent_mcp import __version__
-from cloudagent_mcp.embedded import only_worker
+from tests.support.served import KEY, served
 from tests.support.worlds import World
-
-KEY = "a-key-for-the-tests"
 
 
 @pytest.fixture
 def url(world: World) -> Generator[str]:
-    """A running server's address. It looks as if a worker ran, so that tasks stay queued."""
-    with only_worker(world.home, version=__version__):
-        server = subprocess.Popen(
-            [sys.executable, "-m", "cloudagent_mcp", "serve", "--port", "0"],
-            env={**world.environment, "ADMIN_API_KEY": KEY},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert server.stdout is not None
-        with server.stdout as printed:
-            yield printed.readline().split("MCP at ")[1].split("/mcp ")[0]
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(15) in (0, -signal.SIGTERM)
+    """A running server's address. Tasks stay queued."""
+    with served(world) as url:
+        yield url
 
 
 @pytest.mark.anyio
@@ -71,14 +56,6 @@ def test_garbage_on_the_mcp_route_is_refused_and_the_server_lives(url: str, body
     assert response.status_code == status
     assert "Traceback" not in response.text
     assert httpx2.get(f"{url}/health").json() == {"status": "ok", "version": __version__}
-
-
-def test_an_unknown_tool_and_method_are_answered_and_not_crashed_on(url: str) -> None:
-    headers = {"Authorization": f"Bearer {KEY}", "Accept": "application/json, text/event-stream"}
-    call: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": "nonsense/method", "params": {}}
-    response = httpx2.post(f"{url}/mcp", json=call, headers=headers)
-    answer = response.text.partition("data: ")[2] or response.text
-    assert json.loads(answer)["error"]["code"] in (-32601, -32602, -32600)
 
 
 def test_the_port_of_another_server_is_refused_with_what_to_do(url: str, world: World) -> None:

@@ -41,7 +41,7 @@ Every error says what happened (`message`), what to do next (`remedy`), and whic
 A message never holds the value that the caller sent, a path of the server, or a secret.
 """
 
-from cloudagent_storage.errors.failure import *
-from cloudagent_storage.errors.input import *
-from cloudagent_storage.errors.refusal import *
-from cloudagent_storage.errors.root import *
+from .failure import *
+from .input import *
+from .refusal import *
+from .root import *
