@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import subprocess
 import sys
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cloudagent_mcp import __version__
-from cloudagent_mcp.embedded import only_worker
-from cloudagent_mcp.scripted_model import Rule, Text, ToolUse, Turn
-from tests.e2e.test_clients import CLAUDE, TaskIdModel
+from cloudagent_mcp.scripted_model import Rule
 from tests.e2e.test_one_task import FIX, MENDED, MISTAKE, TEST
+from tests.support.claude_code import Talk, calls, claude, converse, says
 from tests.support.git_server import GitServer, git_server
+from tests.support.served import served
 from tests.support.worlds import World, git
 
-NAME = "mcp__cloudagent__"
-TYPED = f"/{NAME}fix-issue 12 and verify it with unittest"
+TYPED = "/mcp__cloudagent__fix-issue 12 and verify it with unittest"
 TALK = Rule(
     # What the slash command became: the text of the prompt, with the whole line in it.
     prompt="bring the fix home: 12 and verify it with unittest\n",
     turns=(
-        Turn(blocks=(ToolUse(name=f"{NAME}submit_task", input={"prompt": "Fix add", "verify": TEST}),)),
-        Turn(blocks=(ToolUse(name=f"{NAME}get_task", input={"task_id": "TASK", "wait_seconds": 50}),)),
-        Turn(blocks=(ToolUse(name=f"{NAME}get_task", input={"task_id": "TASK", "wait_seconds": 50}),)),
-        Turn(blocks=(ToolUse(name=f"{NAME}get_task_diff", input={"task_id": "TASK"}),)),
-        Turn(blocks=(ToolUse(name=f"{NAME}apply_task", input={"task_id": "TASK"}),)),
-        Turn(blocks=(Text(text="Applied."),)),
+        calls(("submit_task", {"prompt": "Fix add", "title": "mend", "verify": TEST})),
+        calls(("get_task", {"task_id": "<mend>", "wait_seconds": 50})),
+        calls(("get_task", {"task_id": "<mend>", "wait_seconds": 50})),
+        calls(("get_task_diff", {"task_id": "<mend>"})),
+        calls(("apply_task", {"task_id": "<mend>"})),
+        says("Applied."),
     ),
 )
 
@@ -52,48 +49,26 @@ def forge(world: World, repo: Path, tmp_path: Path) -> Generator[GitServer]:
 def test_a_slash_command_delegates_to_a_server_elsewhere_and_brings_the_result_home(
     world: World, repo: Path, tmp_path: Path, forge: GitServer
 ) -> None:
-    with TaskIdModel([TALK, FIX], world) as model, only_worker(world.home, version=__version__):
-        server_side = world.with_model(model.environment())
+    with Talk([TALK, FIX], world) as model:
         made = [sys.executable, "-m", "cloudagent_mcp", "key", "create", "laptop"]
         key = subprocess.run(made, env=world.environment, capture_output=True, text=True, check=True).stdout.strip()
-        server = subprocess.Popen(
-            [sys.executable, "-m", "cloudagent_mcp", "serve", "--port", "0"],
-            env={**server_side.environment, "ADMIN_API_KEY": "the-operators-own"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().split("MCP at ")[1].split("/mcp ")[0]
+        with served(world.with_model(model.environment())) as url:
             world.start_worker()
-            user = {
-                "PATH": world.environment["PATH"],
-                "HOME": str(tmp_path / "elsewhere"),
-                "CLOUDAGENT_HOME": str(tmp_path / "elsewhere" / "data"),
-                "CLOUDAGENT_URL": url,
-                "CLOUDAGENT_API_KEY": key,
-                **model.environment(),
-                "IS_SANDBOX": "1",
-                "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-                "DISABLE_AUTOUPDATER": "1",
-                # On a busy machine it would begin without the server, whose command nobody then knows.
-                "MCP_CONNECTION_NONBLOCKING": "0",
-                "MCP_TIMEOUT": "60000",
-            }
             (tmp_path / "elsewhere").mkdir()
-
-            def claude(*words: str) -> str:
-                done = subprocess.run([CLAUDE, *words], cwd=repo, env=user, capture_output=True, text=True, timeout=110)
-                assert done.returncode == 0, done.stdout + done.stderr
-                return done.stdout
-
-            claude("mcp", "add", "cloudagent", "--", sys.executable, "-m", "cloudagent_mcp", "mcp")
-            said = claude(
-                *("-p", TYPED, "--output-format", "stream-json", "--verbose", "--dangerously-skip-permissions")
+            user = replace(
+                world,
+                environment={
+                    "PATH": world.environment["PATH"],
+                    "HOME": str(tmp_path / "elsewhere"),
+                    "CLOUDAGENT_HOME": str(tmp_path / "elsewhere" / "data"),
+                    "CLOUDAGENT_URL": url,
+                    "CLOUDAGENT_API_KEY": key,
+                    **model.environment(),
+                },
             )
-            messages = [json.loads(line) for line in said.splitlines()]
-            assert messages[-1]["result"] == "Applied.", said
+            claude(user, repo, "mcp", "add", "cloudagent", "--", sys.executable, "-m", "cloudagent_mcp", "mcp")
+            messages = converse(user, repo, TYPED)
+            assert messages[-1]["result"] == "Applied.", messages
             # On this machine: the fix, and neither a database nor a worker.
             assert MENDED in (repo / "calc.py").read_text()
             assert not list((tmp_path / "elsewhere" / "data").glob("*.db"))
@@ -104,11 +79,8 @@ def test_a_slash_command_delegates_to_a_server_elsewhere_and_brings_the_result_h
                 assert task["base_ref"] == git(repo, "rev-parse", "HEAD") == task["base_sha"]
             assert any("calc.git" in path for path, _ in forge.seen)
             undone = subprocess.run(
-                [sys.executable, "-m", "cloudagent_mcp", "task", "undo", task["task_id"]], cwd=repo, env=user
+                [sys.executable, "-m", "cloudagent_mcp", "task", "undo", task["task_id"]],
+                cwd=repo,
+                env=user.environment,
             )
             assert undone.returncode == 0 and MISTAKE in (repo / "calc.py").read_text()
-        finally:
-            server.send_signal(signal.SIGTERM)
-            assert server.stdout is not None
-            server.stdout.close()
-            assert server.wait(15) in (0, -signal.SIGTERM)

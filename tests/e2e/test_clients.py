@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-import claude_agent_sdk
 import pytest
 from mcp import Client, StdioServerParameters
 
@@ -17,8 +16,6 @@ from cloudagent_mcp.embedded import running_worker
 from cloudagent_mcp.scripted_model import ScriptedModel
 from tests.e2e.test_one_task import FIX, MENDED, SLOW, STEPS, TEST
 from tests.support.worlds import World, until
-
-CLAUDE = Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
 
 
 def stop_embedded_worker(world: World) -> None:

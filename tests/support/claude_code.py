@@ -47,6 +47,8 @@ def says(text: str) -> Turn:
 def claude(world: World, folder: Path, *words: str) -> str:
     """What `claude` prints; it is given what the world's user has in the environment."""
     quiet = {"IS_SANDBOX": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"}
+    # On a busy machine it would begin without the server, whose tools and commands nobody then knows.
+    quiet |= {"MCP_CONNECTION_NONBLOCKING": "0", "MCP_TIMEOUT": "60000"}
     done = subprocess.run(
         [CLAUDE, *words], cwd=folder, env={**world.environment, **quiet}, capture_output=True, text=True, timeout=115
     )
