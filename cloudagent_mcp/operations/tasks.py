@@ -246,24 +246,12 @@ class Tasks:
         log_lines: Annotated[int, Field(ge=0, le=50, description="Last lines of its log to show.")] = 5,
     ) -> TaskDetail:
         """One task: status, phase, verdict, result, cost, last log lines, and what to do next."""
-        task = await self._in_thread(self._store.tasks.get, caller.account_id, task_id)
-        if wait_seconds and not task.status.terminal:
-            before = task.status
-            await wait_for(
-                self._open_store, caller, [task_id], lambda tasks: tasks[0].status is not before, wait_seconds
-            )
-            task = await self._in_thread(self._store.tasks.get, caller.account_id, task_id)
-        lines: tuple[str, ...] = ()
-        updated_at = None
-        if log_lines:
-            page = await self._in_thread(self._store.events.tail, caller.account_id, task_id, log_lines)
-            lines = tuple(map(brief_line, page.lines))
-            updated_at = page.lines[-1].timestamp if page.lines else None
-        place = None
-        if task.status is TaskStatus.QUEUED:
-            place = await self._in_thread(self._place_of, caller.account_id, task_id)
-        more = {"log": lines, "queue": place, "updated_at": updated_at}
-        return TaskDetail.model_validate({**dict(advise(task)), **more})
+        detail = await self._in_thread(self._detail_of, caller.account_id, task_id, log_lines)
+        if not wait_seconds or detail.status.terminal:
+            return detail
+        before = detail.status
+        await wait_for(self._open_store, caller, [task_id], lambda tasks: tasks[0].status is not before, wait_seconds)
+        return await self._in_thread(self._detail_of, caller.account_id, task_id, log_lines)
 
     @operation("POST", "/tasks/wait", title="Wait for tasks", read_only=True, idempotent=True)
     async def wait_tasks(
@@ -464,8 +452,19 @@ class Tasks:
             return self._result_of(caller, task)
         return self._store.blobs.get(caller.account_id, task_id, "input")
 
-    def _place_of(self, account_id: str, task_id: str) -> Place | None:
-        return self._store.backlog.place_of(account_id, task_id, running_max=self._running_max)
+    def _detail_of(self, account_id: str, task_id: str, log_lines: int) -> TaskDetail:
+        store = self._store
+        task = store.tasks.get(account_id, task_id)
+        lines = store.events.tail(account_id, task_id, log_lines).lines if log_lines else ()
+        place = None
+        if task.status is TaskStatus.QUEUED:
+            place = store.backlog.place_of(account_id, task_id, running_max=self._running_max)
+        return TaskDetail(
+            **dict(advise(task)),
+            log=tuple(map(brief_line, lines)),
+            queue=place,
+            updated_at=lines[-1].timestamp if lines else None,
+        )
 
     # -- shared ---------------------------------------------------------------------------------------------------
 
