@@ -250,7 +250,8 @@ def plain_schema(schema: Any, *, of_arguments: bool) -> Any:
     """A schema without `title`s: a model needs none, and pays for each.
 
     Of arguments, "X or null" becomes X as well, as they may be left out anyway; and what no model gets near, such as
-    the length of a text or a number below one, is told in the refusal of whoever does.
+    the length of a text or a number below one, is told in the refusal of whoever does. Of answers, which leave
+    nothing out, defaults are left out, and "X or null" is one type where it can be.
     """
     if isinstance(schema, list):
         return [plain_schema(item, of_arguments=of_arguments) for item in cast("list[Any]", schema)]
@@ -261,7 +262,13 @@ def plain_schema(schema: Any, *, of_arguments: bool) -> Any:
         kept = [option for option in cast("list[Any]", plain.get("anyOf", [])) if option != {"type": "null"}]
         if len(kept) == 1:
             plain = {**kept[0], **{name: value for name, value in plain.items() if name != "anyOf"}}
-    left_out = {"title", *(UNTOLD if of_arguments else ())}
+    else:
+        match plain.get("anyOf"):
+            case [{"type": str(kind), **rest}, {"type": "null"}] if "enum" not in rest:
+                plain = {"type": [kind, "null"], **rest, **{k: value for k, value in plain.items() if k != "anyOf"}}
+            case _:
+                pass
+    left_out = {"title", *(UNTOLD if of_arguments else ("default",))}
     if of_arguments and isinstance(most := plain.get("maximum"), int | float) and most > TOLD_MAX:
         left_out.add("maximum")
     return {
