@@ -70,6 +70,7 @@ class Lease:
         self._lost = False
         self._renewed = time.monotonic()
         self._interrupt: Callable[[], None] | None = None
+        self._interrupt_at = self._interrupt_pause_s = 0.0
         self._guard = threading.Lock()
         self.signals = Signals(cancel_requested=claim.cancel_requested)
         self._thread = threading.Thread(target=self._beat, name=f"lease {claim.task.task_id}", daemon=True)
@@ -98,10 +99,12 @@ class Lease:
         """From a cancel on until the block ends, call `interrupt` from the lease's thread, again and again.
 
         For work that waits on long calls and cannot look at `signals` itself. Once would not do: the call that is to
-        be interrupted may not have begun.
+        be interrupted may not have begun. And each pause is twice as long as the one before, as a call in a sandbox
+        that is asked how it ended may be cut by the interrupt, too.
         """
         with self._guard:
             self._interrupt = interrupt
+            self._interrupt_at, self._interrupt_pause_s = 0.0, self._timers.signals_s
         try:
             yield
         finally:
@@ -136,8 +139,10 @@ class Lease:
 
     def _call_interrupt(self) -> None:
         with self._guard:
-            if self._interrupt is not None:
+            if self._interrupt is not None and time.monotonic() >= self._interrupt_at:
                 try:
                     self._interrupt()
                 except CloudAgentError as error:
                     log.warning("could not interrupt %s: %s", self._claim.task.task_id, error)
+                self._interrupt_at = time.monotonic() + self._interrupt_pause_s
+                self._interrupt_pause_s = min(self._interrupt_pause_s * 2, self._timers.stop_grace_s / 2)

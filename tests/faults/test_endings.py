@@ -7,16 +7,17 @@ import pytest
 from tests.support.failpoints import Failpoint
 from tests.support.installation import EITHER_SANDBOX, Installation
 
-ALIVE = {
-    "sqlite": "cloudagent_queue.sandboxes.local:LocalSandbox.alive",
-    "e2b": "cloudagent_queue.sandboxes.e2b:E2BSandbox.alive",
+LATE = {
+    "sqlite": Failpoint("cloudagent_queue.sandboxes.local:LocalSandbox.alive", nth=5, action="sleep:5"),
+    # What one call brings is what the agent said and whether it lives; the third is made when it has begun.
+    "e2b": Failpoint("cloudagent_queue.sandboxes.e2b:E2BSandbox.watch", nth=3, action="sleep:5"),
 }
 
 
 @pytest.mark.full("e2b")
 @EITHER_SANDBOX
 def test_an_agent_that_ends_between_two_looks_at_it_has_not_died(installation: Installation) -> None:
-    late = Failpoint(ALIVE["sqlite" if installation.cloud is None else "e2b"], nth=5, action="sleep:5")
+    late = LATE["sqlite" if installation.cloud is None else "e2b"]
     installation.start_worker(failpoints=[late])
     task = installation.submit(steps=1, step_s=3)  # says nothing more from its first moment to its end
     installation.conclude()

@@ -152,6 +152,22 @@ def test_a_cancel_interrupts_a_long_call_from_the_leases_own_thread(store: Store
         assert lease.signals.cancel_requested
 
 
+def test_who_asks_how_an_interrupted_call_has_ended_gets_the_time_to_hear_it(store: Store) -> None:
+    task_id = store.tasks.add(LOCAL_ACCOUNT, SPEC).task_id
+    claim = store.tasks.claim(task_id, worker="w", lease_s=60)
+    assert claim is not None
+    store.tasks.request_cancel(LOCAL_ACCOUNT, task_id)
+    interrupted, cut = threading.Event(), 0
+    with Lease(store, claim, FAST) as lease, lease.interruptible(interrupted.set):
+        assert interrupted.wait(10)
+        interrupted.clear()
+        while interrupted.wait(10 * FAST.signals_s):  # the question is cut, and asked anew
+            interrupted.clear()
+            cut += 1
+            assert cut < 20
+    assert cut > 0
+
+
 def test_a_cancel_that_comes_between_the_clone_and_the_command_of_a_verify_is_not_lost(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -474,10 +474,10 @@ MUTANTS = (
         fast=False,
     ),
     Mutant(
-        "files_are_read_from_their_start",
+        "the_log_is_read_from_its_start",
         f"{QUEUE}/sandboxes/e2b.py",
-        'self._call("read", path=parts, offset=offset, ',
-        'self._call("read", path=parts, offset=0, ',
+        '(path), "offset": offset, "max_bytes": max_bytes}',
+        '(path), "offset": 0, "max_bytes": max_bytes}',
         (f"{PROCESSES}::test_the_agents_of_a_killed_worker_go_on_and_the_next_worker_adopts_them[e2b]",),
         fast=False,
     ),
