@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import anyio
+import anyio.to_thread
+import httpx2
 import psutil
 import pytest
 from mcp import Client
+from mcp.client.streamable_http import streamable_http_client
 
 from cloudagent_mcp import __version__
 from cloudagent_mcp.embedded import only_worker
+from cloudagent_storage.records import LOCAL_ACCOUNT
 from tests.benchmarks.test_one_machine import BARE_HTTP, BARE_STDIO, free_port, over_http, over_stdio, reachable, timed
+from tests.support.installation import ADMIN_KEY, Installation
+from tests.support.stored import queued
 from tests.support.worlds import World, until
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.anyio]
@@ -162,3 +168,31 @@ async def test_what_five_hundred_waiting_calls_hold(servers: tuple[int, int, int
     names = ("MB", "threads", "open database files")
     for name, one, other in zip(names, before, during, strict=True):
         print(f"\n{WAITING} waiting calls: {one:.0f} {name} before, {other:.0f} while they wait")
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+async def test_how_soon_a_client_is_told_of_what_another_process_has_changed(
+    database: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    made = Installation.make(
+        tmp_path, database="sqlite" if database == "sqlite" else request.getfixturevalue("postgres_url")
+    )
+    _, url = made.start_server()
+    took: list[float] = []
+    async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as http:
+        async with Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client:
+            asked = await timed(20, lambda: client.call_tool("list_tasks", {"limit": 1}))
+            for _ in range(20):
+                task_id = queued(made.store)
+                async with client.listen(resource_subscriptions=[f"task://{task_id}"]) as told:
+                    await anyio.sleep(0.5)  # it looks once more when it begins
+                    began = time.perf_counter()
+                    await anyio.to_thread.run_sync(made.store.tasks.request_cancel, LOCAL_ACCOUNT, task_id)
+                    await anext(told)
+                    took.append(time.perf_counter() - began)
+    made.close()
+    one, other = statistics.median(took), statistics.median(asked)
+    print(
+        f"\nfrom a change to the notification, {database}: p50 {one * 1000:.0f} ms, at most {max(took) * 1000:.0f} ms; "
+        f"{one / other:.1f}x a call of list_tasks"
+    )

@@ -6,7 +6,7 @@ import pytest
 from mcp import Client
 from mcp.types import Tool
 
-from cloudagent_mcp.server import mcp_server
+from cloudagent_mcp.server import INSTRUCTIONS, mcp_server
 from tests.support.worlds import World
 
 SNAPSHOTS = Path(__file__).parent.parent / "snapshots"
@@ -68,3 +68,9 @@ async def test_every_tool_and_argument_is_described_or_says_itself(world: World)
         assert tool.title and tool.description and tool.annotations is not None
         assert tool.annotations.read_only_hint is not None and tool.annotations.destructive_hint is not None
         assert (tool.output_schema is None) == (tool.name in ("get_task_logs", "get_task_diff"))
+
+
+def test_a_model_is_told_in_six_lines_when_and_how_to_delegate() -> None:
+    assert len(INSTRUCTIONS.splitlines()) == 6
+    for name in ("submit_task", "get_task", "wait_tasks", "get_task_diff", "apply_task", "send_message", "verify"):
+        assert name in INSTRUCTIONS
