@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,17 @@ def test_the_inspector_lists_the_tools_and_calls_one(
         with only_worker(world.home, version=__version__):
             # It hands on nothing of its environment by itself.
             look([*STDIO, *(word for item in world.environment.items() for word in ("-e", "=".join(item)))])
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_line_for_curl_works_as_it_is_written(world: World) -> None:
+    (line,) = re.findall(r"^curl (?:.+\\\n)+.+$", (ROOT / "docs" / "clients.md").read_text(), re.MULTILINE)
+    with served(world) as url:
+        line = line.replace("http://127.0.0.1:8420", url).replace("KEY", KEY)
+        done = subprocess.run(["sh", "-c", line], env=world.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (event,) = [text.removeprefix("data: ") for text in done.stdout.splitlines() if text.startswith("data: ")]
+    assert json.loads(event)["result"]["structuredContent"]["tasks"] == []
 
 
 @pytest.mark.parametrize("example", ["delegate.py", "delegate.ts"])
