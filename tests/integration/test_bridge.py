@@ -19,7 +19,7 @@ import anyio
 import pytest
 import uvicorn
 from mcp import Client, StdioServerParameters
-from mcp.types import CallToolResult, TextContent
+from mcp.types import CallToolResult, ResourceTemplateReference, TextContent, TextResourceContents
 from pydantic import create_model
 
 from cloudagent_mcp import __version__
@@ -141,6 +141,28 @@ async def test_a_task_is_the_servers_and_its_accounts_alone(user: dict[str, str]
         assert structured(await operator.call_tool("list_tasks", {}))["total"] == 0
     async with stdio({**user, "CLOUDAGENT_API_KEY": ADMIN}, repo) as operator:
         assert refusal(await operator.call_tool("get_task", {"task_id": task["task_id"]}))["code"] == "task_not_found"
+
+
+async def test_a_task_is_delegated_read_as_a_resource_completed_and_not_followed(
+    user: dict[str, str], world: World, repo: Path
+) -> None:
+    async with stdio(user, repo) as client:
+        tasks: list[dict[str, Any]] = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(client.call_tool, "delegate", {"prompt": "Mend it", "repository": "none"})
+            with anyio.fail_after(30):
+                while not (tasks := structured(await client.call_tool("list_tasks", {}))["tasks"]):
+                    await anyio.sleep(0.05)
+            group.cancel_scope.cancel()  # no worker takes it: the call is cut, and the task stays
+        task_id = tasks[0]["task_id"]
+        uri = f"task://{task_id}"
+        (content,) = (await client.read_resource(uri)).contents
+        assert isinstance(content, TextResourceContents) and json.loads(content.text)["task_id"] == task_id
+        reference = ResourceTemplateReference(uri="task://{task_id}")
+        completed = await client.complete(reference, {"name": "task_id", "value": task_id[:9]})
+        assert task_id in completed.completion.values
+        async with client.listen(resource_subscriptions=[uri]) as subscription:
+            assert not subscription.honored.resource_subscriptions
 
 
 async def test_bad_input_is_refused_here_in_the_same_words(user: dict[str, str], world: World, repo: Path) -> None:
