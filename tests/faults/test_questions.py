@@ -48,7 +48,7 @@ def kinds(installation: Installation, task: str, kind: str) -> int:
     return sum(line.kind == kind for line in lines)
 
 
-@pytest.mark.full("e2b")
+@pytest.mark.full("postgres", "e2b")
 @EVERYWHERE
 def test_a_question_outlives_its_worker_and_is_answered_while_there_is_none(installation: Installation) -> None:
     worker = installation.start_worker()
@@ -64,6 +64,7 @@ def test_a_question_outlives_its_worker_and_is_answered_while_there_is_none(inst
     assert installation.attempts(task) > 1
 
 
+@pytest.mark.full("e2b")
 @EITHER_SANDBOX
 def test_a_question_is_still_open_for_the_worker_that_adopts_the_task(installation: Installation) -> None:
     worker = installation.start_worker()
@@ -141,6 +142,7 @@ def test_a_task_is_cancelled_while_it_waits(installation: Installation) -> None:
     assert ended.result is not None and ended.result.artifacts is not None and ended.result.artifacts.files_changed == 2
 
 
+@pytest.mark.full("sqlite")
 @EITHER_SANDBOX
 def test_the_question_of_a_sandbox_that_dies_is_void_and_the_next_agent_asks_anew(installation: Installation) -> None:
     task = installation.submit(steps=4, faults={"ask_at": 2})
@@ -171,6 +173,7 @@ def test_waiting_counts_toward_no_limit(on_sqlite: Installation) -> None:
     assert on_sqlite.column(task, "running_seconds") < 5
 
 
+@pytest.mark.full
 def test_an_agent_that_asks_without_end_runs_out_of_time(on_sqlite: Installation) -> None:
     on_sqlite.start_worker(hook="tests.support.standin:who_asks_has_no_time_for_it")
     task = on_sqlite.submit(steps=4, faults={"ask_at": 2}, timeout_minutes=0.1)
@@ -187,6 +190,7 @@ def test_an_agent_that_was_answered_has_its_limits_again(on_sqlite: Installation
 
 
 @pytest.mark.parametrize("installation", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.full("postgres")
 def test_an_agent_whose_question_nobody_answers_is_told_to_decide_by_itself(installation: Installation) -> None:
     installation.start_worker(question_s=2.0)
     task = installation.submit(steps=4, faults={"ask_at": 2})

@@ -278,6 +278,7 @@ async def test_a_question_is_an_input_request_under_its_own_id_and_answered_once
 # -- delegate, for those who hold no tasks -----------------------------------------------------------------------------
 
 
+@pytest.mark.full("sqlite-legacy", "postgres-auto")
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
 async def test_delegate_returns_at_the_end_and_tells_of_progress_meanwhile(
     installation: Installation, mode: Any
