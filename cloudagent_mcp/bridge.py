@@ -1,8 +1,7 @@
 """The bridge: `ca mcp` with CLOUDAGENT_URL set. The same operations, done by the server that it names.
 
 What concerns this machine is done here: a result is written into the working tree, and a folder that is named as the
-repository becomes the address and the commit under which the server can fetch it. All faces stand on `operations`, so
-that they need not know.
+repository becomes what the server finds it by. All faces stand on `operations`, so that they need not know.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from cloudagent_mcp.app import App
-from cloudagent_mcp.operations import Caller, Operation, check_arguments, in_thread, operations_of
+from cloudagent_mcp.hand_over import for_server
+from cloudagent_mcp.operations import Caller, Operation, check_arguments, operations_of
 from cloudagent_mcp.operations.credentials import arguments_of
 from cloudagent_mcp.operations.delegation import Delegation
 from cloudagent_mcp.remote_server import RemoteServer
 from cloudagent_mcp.settings import Settings
 from cloudagent_mcp.untrusted import clean, cut
-from cloudagent_queue import repository
-from cloudagent_storage.errors import InvalidInput, RepositoryNotFound, ServerOutdated, Unavailable
+from cloudagent_storage.errors import InvalidInput, ServerOutdated, Unavailable
 from cloudagent_storage.records import Task
 
 if TYPE_CHECKING:
@@ -95,11 +94,11 @@ class RemoteOperation(Operation):
             case "apply_task" if caller.folder is not None:
                 return await self.server.apply_task(caller.folder, self.marks, **given)
             case "submit_task":
-                given = await in_thread(lambda: self._for_server(caller, given, new=True))
+                given = await self._for_server(caller, given)
             case "create_schedule" | "update_schedule" if isinstance(given.get("task"), dict):
                 task: Mapping[str, Any] = given["task"]
                 new = self.name == "create_schedule"
-                given["task"] = await in_thread(lambda: self._for_server(caller, task, new=new, within="task."))
+                given["task"] = await self._for_server(caller, task, new=new, within="task.")
             case "get_task" if checked["wait_seconds"] > STEP_S:
                 return await self._wait_for_change(caller, given, checked["wait_seconds"])
             case "wait_tasks" if checked["timeout_seconds"] > STEP_S:
@@ -140,38 +139,23 @@ class RemoteOperation(Operation):
                 return found
             await _report(caller, started, seconds, found.tasks)
 
-    def _for_server(self, caller: Caller, task: Mapping[str, Any], *, new: bool, within: str = "") -> dict[str, Any]:
-        """A task's arguments with nothing in them that only this machine knows."""
+    async def _for_server(
+        self, caller: Caller, task: Mapping[str, Any], *, new: bool = True, within: str = ""
+    ) -> dict[str, Any]:
+        """A task's arguments with nothing in them that only this machine knows; those of a schedule are `within`."""
         given = {**self.credentials, **task}
+        name = given.get("repository")
+        if not new and name is None:
+            return given  # it stays what it is
+        folder = caller.folder or Path.cwd()
         try:
-            name = given.get("repository")
-            if not new and name is None:
-                return given  # it stays what it is
-            return given | _found_by_server(caller, name, given.get("base_ref"))
+            place = await for_server(
+                self.server, folder, name, given.get("base_ref"), may_upload=not within, tell=caller.progress
+            )
         except InvalidInput as error:
             error.field = f"{within}{error.field}" if error.field else None
             raise
-
-
-def _found_by_server(caller: Caller, name: object, base_ref: object) -> dict[str, str]:
-    """`repository` and `base_ref`, of what a caller on this machine means by them. What is no text is refused there."""
-    if not isinstance(name, str | None) or not isinstance(base_ref, str | None):
-        return {}
-    if base_ref is not None:
-        repository.check_ref(base_ref)
-    folder = caller.folder or Path.cwd()
-    if name is not None:
-        address = repository.check_address(name, local_paths_allowed=True)
-        if address == "none" or repository.is_remote(address):
-            return {"repository": address}
-        folder = folder / Path(address).expanduser()
-    try:
-        pushed = repository.find_pushed(folder, base_ref=base_ref)
-    except RepositoryNotFound:
-        if name is not None:
-            raise
-        return {"repository": "none"}
-    return {"repository": pushed.address} | ({"base_ref": pushed.base_ref} if pushed.base_ref else {})
+        return {name: value for name, value in {**given, **place}.items() if value is not None or name not in place}
 
 
 async def _report(caller: Caller, started: float, seconds: float, tasks: Any, line: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -20,11 +21,18 @@ def client() -> Generator[Client]:
     from cloudagent_mcp.client import open_client
     from cloudagent_mcp.settings import Settings
 
-    opened = open_client(Settings.read())
+    opened = open_client(Settings.read(), told=_show_upload)
     try:
         yield opened
     finally:
         opened.close()
+
+
+def _show_upload(done: float, total: float, message: str) -> None:
+    """A line on standard error: where it is a terminal, one that goes on; else only what is said at the end."""
+    running = message.startswith("Uploading")
+    if not running or sys.stderr.isatty():
+        click.echo(f"\r\x1b[K{message}" if sys.stderr.isatty() else message, err=True, nl=not running)
 
 
 def task_options(command: Callable[..., None]) -> Callable[..., None]:

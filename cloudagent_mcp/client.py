@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
 from cloudagent_mcp.app import App
+from cloudagent_mcp.hand_over import for_server
 from cloudagent_mcp.operations import marks_of
 from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.messages import Messages
@@ -24,6 +25,8 @@ from cloudagent_storage.records import ID_LENGTH
 MARKS = marks_of(Tasks, Messages, Schedules, Backlog)
 PAGES_SEARCHED = 10
 T = TypeVar("T")
+Told = Callable[[float, float, str], None]
+"""Hears how many bytes have gone, of how many, and what happens."""
 
 
 class Client(Protocol):
@@ -44,9 +47,9 @@ class Client(Protocol):
     def close(self) -> None: ...
 
 
-def open_client(settings: Settings) -> Client:
-    """The server that `CLOUDAGENT_URL` names, or this process."""
-    return HttpClient(settings) if settings.cloudagent_url else LocalClient(App(settings))
+def open_client(settings: Settings, told: Told | None = None) -> Client:
+    """The server that `CLOUDAGENT_URL` names, or this process. `told` hears of uploads to it."""
+    return HttpClient(settings, told) if settings.cloudagent_url else LocalClient(App(settings))
 
 
 def log_lines(
@@ -119,13 +122,36 @@ class LocalClient:
 class HttpClient:
     """Works on a server. Raises what `RemoteServer` raises when it does not answer as one."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, told: Told | None = None) -> None:
+        """`told` hears of uploads, on another thread, while a call waits."""
+        self._told = told
         self._server = RemoteServer(settings)
         self._portal_context = start_blocking_portal()
         self._portal = self._portal_context.__enter__()
 
     def call(self, name: str, /, **arguments: Any) -> dict[str, Any]:
-        return self._wait_for(lambda: self._server.call(name, MARKS[name], arguments))
+        return self._wait_for(lambda: self._call(name, arguments))
+
+    async def _call(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        if name == "submit_task":
+            arguments = await self._placed(arguments, may_upload=True)
+        elif name in ("create_schedule", "update_schedule") and arguments.get("task") is not None:
+            task: Mapping[str, Any] = arguments["task"]
+            if name == "create_schedule" or task.get("repository") is not None:
+                arguments = {**arguments, "task": await self._placed(task, may_upload=False)}
+        return await self._server.call(name, MARKS[name], arguments)
+
+    async def _placed(self, task: Mapping[str, Any], *, may_upload: bool) -> dict[str, Any]:
+        """A task's arguments, with what they say of this machine said for the server."""
+        name, base_ref = task.get("repository"), task.get("base_ref")
+        place = await for_server(
+            self._server, Path.cwd(), name, base_ref, may_upload=may_upload, tell=self._tell if may_upload else None
+        )
+        return {**task, **place}
+
+    async def _tell(self, done: float, total: float, message: str) -> None:
+        if self._told is not None:
+            self._told(done, total, message)
 
     def apply(self, task_id: str, **arguments: Any) -> dict[str, Any]:
         done = self._wait_for(lambda: self._server.apply_task(Path.cwd(), MARKS, task_id=task_id, **arguments))

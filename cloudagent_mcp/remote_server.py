@@ -5,13 +5,14 @@ The one place that speaks to it: `ca` and the bridge both stand on this.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import anyio
 import httpx2
@@ -21,6 +22,7 @@ from cloudagent_mcp.operations import Marked, in_thread
 from cloudagent_mcp.operations.tasks import WAIT_MAX_S, Applied
 from cloudagent_mcp.settings import Settings
 from cloudagent_mcp.untrusted import clean, cut
+from cloudagent_mcp.upload_headers import BASE_HEADER, NOTE_LENGTH, NOTES_HEADER, NOTES_MAX
 from cloudagent_queue.repository.bundles import BUNDLE_LIMIT
 from cloudagent_storage import errors
 
@@ -28,7 +30,10 @@ CONNECT_S = 5.0
 SILENT_S = 15.0
 """How long a server may say nothing, beyond the time that it was asked to wait."""
 DOWNLOAD_S = 900.0
-"""For a whole bundle, as long as it keeps coming."""
+"""For a whole bundle, as long as it keeps coming; and for one that goes there, as long as it keeps going."""
+CHECK_S = 300.0
+"""How long a server may look at what was uploaded before it answers."""
+PART_BYTES = 256 * 1024
 ANSWER_LIMIT = 64 * 1024 * 1024
 KEY_REMEDY = "Set it to a key that `ca key create` printed, or to the server's own, which `ca serve` printed."
 _ID = re.compile(r"[A-Za-z0-9_]{1,200}")
@@ -129,6 +134,68 @@ class RemoteServer:
         )
         return Applied.model_validate({"task_id": task_id, "base_sha": task["base_sha"], **outcome.model_dump()})
 
+    async def known_commits(self, commits: Sequence[str]) -> list[str]:
+        """Those of the commits that the server has, with their history, from earlier uploads of the same account.
+
+        Raises `NoRoute` for a server that is too old to take uploads.
+        """
+        response = await self._send("POST", "/uploads/known", json={"commits": list(commits)})
+        if response.is_success:
+            try:
+                said = _json_of(response)["known"]
+                return [commit for commit in commits if commit in said]
+            except (KeyError, TypeError):
+                raise _stranger(response) from None
+        if response.status_code == 405:
+            raise errors.NoRoute()
+        raise self._refusal(response)
+
+    async def upload(
+        self, bundle: bytes, *, base_sha: str, notes: Sequence[str], told: Callable[[int], Awaitable[None]]
+    ) -> str:
+        """Upload a bundle of `base_sha`, empty where the server has that commit; the upload's id.
+
+        `notes` are for the log of tasks that start from it. `told` hears how many bytes have gone. One that broke off
+        has left nothing there. Raises `UploadIncomplete` and `UploadNotFound` when the server has no longer what
+        the bundle leaves out.
+        """
+
+        async def parts() -> AsyncIterator[bytes]:
+            for start in range(0, len(bundle), PART_BYTES):
+                await told(start)
+                yield bundle[start : start + PART_BYTES]
+            await told(len(bundle))
+
+        kept = [_note(note) for note in notes]
+        if len(kept) > NOTES_MAX:
+            kept[NOTES_MAX - 1 :] = [f"Of {len(kept) - NOTES_MAX + 1} more things the agent gets less than is here."]
+        response = await self._send(
+            "POST",
+            "/uploads",
+            waits_s=CHECK_S,
+            within_s=DOWNLOAD_S,
+            content=parts(),
+            also={
+                "Content-Type": "application/x-git-bundle",
+                "Content-Length": str(len(bundle)),
+                BASE_HEADER: base_sha,
+                NOTES_HEADER: quote(json.dumps(kept)),
+            },
+        )
+        if not response.is_success:
+            raise self._refusal(response)
+        try:
+            said = _json_of(response)
+            upload_id, sha256 = str(said["upload_id"]), said["sha256"]
+        except (KeyError, TypeError):
+            raise _stranger(response) from None
+        if sha256 != hashlib.sha256(bundle).hexdigest() or not _ID.fullmatch(upload_id):
+            raise errors.ServerUnreachable(
+                "The server received something else than was uploaded.",
+                remedy="Try again; what is in between changes it.",
+            )
+        return upload_id
+
     async def health(self) -> Health:
         """Whether it is there, for `ca doctor`; no key is sent."""
         response = await self._send("GET", "/health", below="", keyless=True)
@@ -157,6 +224,7 @@ class RemoteServer:
         within_s: float | None = None,
         limit: int = ANSWER_LIMIT,
         keyless: bool = False,
+        also: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> httpx2.Response:
         """The whole answer, whatever its status. Raises `ServerUnreachable` when there is none in time."""
@@ -168,7 +236,7 @@ class RemoteServer:
         request = self._http.build_request(
             method,
             f"{base}{below}{path}",
-            headers={"Accept": "application/json", **headers},
+            headers={"Accept": "application/json", **headers, **(also or {})},
             timeout=httpx2.Timeout(silent, connect=CONNECT_S),
             **arguments,
         )
@@ -207,6 +275,12 @@ class RemoteServer:
         if not re.fullmatch(r"[ -~]+", key):
             raise errors.Unauthorized("CLOUDAGENT_API_KEY holds characters that no key has.", remedy=KEY_REMEDY)
         return {"Authorization": f"Bearer {key}"}
+
+
+def _note(note: str) -> str:
+    """Without what no JSON may hold; a file's name may."""
+    text = clean(note.encode("utf-8", "replace").decode())
+    return text if len(text) <= NOTE_LENGTH else f"{text[: NOTE_LENGTH - 1]}…"
 
 
 def address_of(url: str) -> str:

@@ -24,6 +24,7 @@ from cloudagent_storage.errors import (
     NotFound,
     NotNow,
     OutOfRange,
+    RepositoryTooLarge,
     StorageFull,
     TaskExpired,
     Unauthorized,
@@ -41,6 +42,7 @@ STATUS: tuple[tuple[type[CloudAgentError], int], ...] = (
     (NotFound, 404),
     (TaskExpired, 410),
     (NotNow, 409),
+    (RepositoryTooLarge, 413),
     (CredentialMissing, 422),
     (InvalidInput, 422),
     (StorageFull, 507),
@@ -68,7 +70,7 @@ def _route(operation: Operation, caller: Callable[[Request], Caller]) -> Route:
         try:
             who = caller(request)
             bodiless = request.method in ("GET", "DELETE")
-            arguments = _query(request, operation) if bodiless else await _body(request)
+            arguments = _query(request, operation) if bodiless else await json_body(request)
             arguments |= request.path_params
             answer = await operation.call(who, arguments)
         except CloudAgentError as error:
@@ -116,7 +118,8 @@ def _query(request: Request, operation: Operation) -> dict[str, Any]:
     return arguments
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def json_body(request: Request) -> dict[str, Any]:
+    """The one JSON object that a request brings; empty where it brings nothing. Raises errors under `InvalidInput`."""
     body = b""
     async for chunk in request.stream():
         body += chunk

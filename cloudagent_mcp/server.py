@@ -28,6 +28,7 @@ from cloudagent_mcp.resources import Resources
 from cloudagent_mcp.rest import make_routes, problem
 from cloudagent_mcp.tasks_extension import RequestContext, TasksExtension
 from cloudagent_mcp.tools import make_tools
+from cloudagent_mcp.uploads import Uploads, upload_routes
 from cloudagent_storage.errors import CloudAgentError, DatabaseUnavailable, NoRoute
 
 HEALTH_S = 2.5
@@ -124,7 +125,8 @@ def http_app(app: App, *, key: str, host: str, port: int) -> Starlette:
             yield
         health.close()
 
-    health = Health(app)
+    health, uploads = Health(app), Uploads(lambda: app.store)
+    routes = make_routes(app.operations.values(), caller, app.tasks.bundle)
 
     async def unknown(_: Request, __: Exception) -> Response:
         return problem(NoRoute())
@@ -132,7 +134,7 @@ def http_app(app: App, *, key: str, host: str, port: int) -> Starlette:
     return Starlette(
         routes=[
             Route("/health", health.answer),
-            Mount("/api/v1", routes=make_routes(app.operations.values(), caller, app.tasks.bundle)),
+            Mount("/api/v1", routes=[*upload_routes(uploads, caller), *routes]),
             Mount("/", app=mcp_app),
         ],
         middleware=[Middleware(Guard, key=key, hosts=hosts, api_keys=api_keys)],

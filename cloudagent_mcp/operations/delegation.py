@@ -60,26 +60,27 @@ class Delegation:
             "timeout_minutes": timeout_minutes,
             "idempotency_key": idempotency_key,
         }
-        submitted: Submitted = await self._submit_task.call(caller, given)
-        task = await self._follow(caller, submitted)
-        fields = {name: value for name, value in dict(task).items() if name in Delegated.model_fields}
-        return Delegated.model_validate({**fields, "replayed": submitted.replayed})
-
-    async def _follow(self, caller: Caller, task: Task) -> Task:
-        """The task when it has ended, asks something, or time is up."""
         started = time.monotonic()
         limit = WAIT_MAX_S if caller.progress is None else ATTENDED_MAX_S
-        told = caller.progress
-        if told is not None:
-            await told(0, limit, f"{task.task_id} was submitted.")
+        if (told := caller.progress) is not None:
 
             async def tell(_: float, __: float, message: str) -> None:
+                # In the time of the whole call, as what a client is told may only grow.
                 await told(time.monotonic() - started, limit, message)
 
             caller = replace(caller, progress=tell)
+        submitted: Submitted = await self._submit_task.call(caller, given)
+        if caller.progress is not None:
+            await caller.progress(0, limit, f"{submitted.task_id} was submitted.")
+        task = await self._follow(caller, submitted, until=started + limit)
+        fields = {name: value for name, value in dict(task).items() if name in Delegated.model_fields}
+        return Delegated.model_validate({**fields, "replayed": submitted.replayed})
+
+    async def _follow(self, caller: Caller, task: Task, *, until: float) -> Task:
+        """The task when it has ended, asks something, or time is up."""
         wait_s = 0.0
         while not task.status.terminal and task.status is not TaskStatus.WAITING and wait_s >= 0:
             looked = {"task_id": task.task_id, "wait_seconds": wait_s, "log_lines": 0}
             task = await self._get_task.call(caller, looked)
-            wait_s = min(LOOK_EVERY_S, limit - (time.monotonic() - started))
+            wait_s = min(LOOK_EVERY_S, until - time.monotonic())
         return task

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloudagent_mcp.operations import Caller
 from cloudagent_mcp.untrusted import clean
 from cloudagent_queue import repository
 from cloudagent_queue.allowed_hosts import WhoMayAsk, check_asked
-from cloudagent_queue.repository import Source, read_source
+from cloudagent_queue.repository import Source, read_source, warnings_of
 from cloudagent_storage.errors import (
     InvalidInput,
     OutOfRange,
     PromptEmpty,
     PromptTooLong,
+    RepositoryNotAllowed,
     RepositoryNotFound,
     UnknownProvider,
 )
 from cloudagent_storage.records import TaskSpec
+
+if TYPE_CHECKING:
+    from cloudagent_storage.store.uploads import Uploads
 
 PROMPT_MAX = 100_000
 
@@ -64,8 +68,12 @@ def title_of(prompt: str, title: str | None = None) -> str:
     return (title or prompt.strip().splitlines()[0][:80]).strip() or "Untitled"
 
 
-def find_source(caller: Caller, name: str | None, base_ref: str | None) -> Source:
-    """What a caller means by `repository`, read as far as it is on this machine. Raises errors under `InvalidInput`."""
+def find_source(caller: Caller, name: str | None, base_ref: str | None, uploads: Uploads | None = None) -> Source:
+    """What a caller means by `repository`, read as far as it is on this machine.
+
+    Without `uploads` there has to be something that can be read again later. Raises errors under `InvalidInput`, and
+    `UploadNotFound`.
+    """
     if base_ref is not None:
         repository.check_ref(base_ref)
     if name is None:
@@ -75,6 +83,17 @@ def find_source(caller: Caller, name: str | None, base_ref: str | None) -> Sourc
             return read_source(str(caller.folder), base_ref)
         except RepositoryNotFound:
             return Source("none")
+    if (upload_id := repository.upload_in(name)) is not None:
+        if uploads is None:
+            raise RepositoryNotAllowed(
+                "An upload is gone after a day, and a schedule goes on.",
+                remedy="Pass an https:// or ssh:// address, git@host:path, or none.",
+            )
+        if base_ref is not None:
+            raise InvalidInput("An upload is one commit: there is no other to start from.", field="base_ref")
+        upload, bundle = uploads.take(caller.account_id, upload_id)
+        warnings = warnings_of(upload.notes)
+        return Source(name, bundle, upload.base_sha, upload.config, upload.manifests, warnings)
     address = repository.check_address(name, local_paths_allowed=caller.local)
     if address == "none" and base_ref is not None:
         raise InvalidInput("There is no ref to start from without a repository.", field="base_ref")

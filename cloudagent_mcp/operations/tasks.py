@@ -19,6 +19,7 @@ from cloudagent_mcp.operations.diffs import Diff, parse_diff
 from cloudagent_mcp.operations.submission import Allowed, check_task, find_source
 from cloudagent_mcp.operations.waiting import brief_line, wait_for
 from cloudagent_queue.agents import open_agent
+from cloudagent_queue.repository import upload_in
 from cloudagent_storage.errors import NoChanges, NotReady, TargetNotAllowed, TaskExpired
 from cloudagent_storage.records import (
     Asked,
@@ -208,12 +209,14 @@ class Tasks:
         tokens = self._credentials.for_git(caller, github_token)
         idempotency = None
         if idempotency_key is not None:
-            # Without the credentials: the same submit may be repeated with fresh ones.
-            digest = hashlib.sha256(json.dumps(list(asked.values())).encode()).hexdigest()
+            # Without the credentials: the same submit may be repeated with fresh ones. Nor does it matter which upload
+            # it is, as it does not matter what is in a folder by then.
+            place = "upload" if repository and upload_in(repository) else repository
+            digest = hashlib.sha256(json.dumps(list({**asked, "repository": place}.values())).encode()).hexdigest()
             idempotency = Idempotency(key=idempotency_key, digest=digest)
             if (earlier := self._store.tasks.replay(caller.account_id, idempotency)) is not None:
                 return Submitted.model_validate({**dict(advise(earlier)), "replayed": True})
-        source = find_source(caller, repository, base_ref)
+        source = find_source(caller, repository, base_ref, self._store.uploads)
 
         task_id = new_id("task")
         task = self._store.tasks.add(

@@ -104,7 +104,9 @@ def _try(duty: Callable[[], object]) -> object:
 
 
 def prune(store: Store, kept: Kept, stopping: threading.Event) -> int:
-    """Let go of what finished tasks have left beyond what is kept. Returns how many tasks that were."""
+    """Let go of old uploads, and of what finished tasks have left beyond what is kept. Returns of how many tasks."""
+    if uploads := store.uploads.prune():
+        log.info("%d uploads that nobody has used for a day are deleted", uploads)
     count = store.retention.prune(
         max_age_s=kept.days * 86_400 or None,
         max_bytes=kept.megabytes * 1_000_000 or None,

@@ -534,6 +534,19 @@ class HeldSchedule(Record):
     """A task of this schedule that has not ended."""
 
 
+class Upload(Record):
+    """What an account has uploaded, for the tasks that will start from it."""
+
+    upload_id: str
+    base_sha: str
+    """The commit that they start from."""
+    notes: tuple[str, ...] = ()
+    """What of the folder is not in it, in sentences of whoever uploaded it."""
+    config: bytes | None = None
+    manifests: str
+    """These two as a `Claim` has them."""
+
+
 class KeptTemplate(Record):
     """What a provider's sandboxes can start from, with a set-up already done in it."""
 

@@ -280,6 +280,24 @@ class TemplateRow(Model):
         indexes = ((("last_used_at",), False),)
 
 
+class UploadRow(Model):
+    upload_id = CharField(40, primary_key=True)
+    account_id = CharField(64)
+    base_sha = CharField(64)
+    commits = TextField()
+    """Ids that spaces separate, the newest first."""
+    notes = Json()
+    config = BlobField(null=True)
+    manifests = CharField(64)
+    data = BlobField()
+    """A whole bundle as it is: git has compressed it."""
+    size = BigIntegerField()
+    used_at = Utc()
+
+    class Meta:
+        indexes = ((("account_id", "base_sha"), True), (("used_at",), False))
+
+
 M = TypeVar("M", bound=Model)
 
 
@@ -303,8 +321,10 @@ class Tables:
         self.schedules = bound(ScheduleRow, "schedules")
         self.schedule_runs = bound(ScheduleRunRow, "schedule_runs")
         self.templates = bound(TemplateRow, "templates")
+        self.uploads = bound(UploadRow, "uploads")
 
     @property
     def all(self) -> tuple[type[Model], ...]:
         of_tasks = (self.accounts, self.tasks, self.events, self.blobs, self.messages)
-        return (*of_tasks, self.workers, self.api_keys, self.schedules, self.schedule_runs, self.templates)
+        others = (self.workers, self.api_keys, self.schedules, self.schedule_runs, self.templates, self.uploads)
+        return (*of_tasks, *others)

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
 
-import psycopg2
 import pytest
 
 from cloudagent_storage.errors import StorageFull, TaskExpired, TaskNotFound
 from cloudagent_storage.records import LOCAL_ACCOUNT, Idempotency, TaskSpec, TaskStatus
 from cloudagent_storage.store import Store, retention
-from tests.support.stored import at_once, claimed, line, messages, queued
+from tests.support.stored import at_once, claimed, execute, line, messages, queued
 
 SPEC = TaskSpec(prompt="x", title="x")
 HOUR = 3600.0
 DAY = 24 * HOUR
-
-
-def execute(url: str, sql: str) -> list[tuple[object, ...]]:
-    """One statement from outside, in the words that both databases know."""
-    if url.startswith("sqlite"):
-        with sqlite3.connect(url.removeprefix("sqlite:///")) as opened:
-            rows = opened.execute(sql).fetchall()
-        opened.close()
-        return rows
-    connection = psycopg2.connect(url)
-    with connection, connection.cursor() as cursor:
-        cursor.execute(sql)
-        rows = cursor.fetchall() if cursor.description else []
-    connection.close()
-    return rows
 
 
 def finished(store: Store, *, size: int = 1000, lines: int = 3) -> str:

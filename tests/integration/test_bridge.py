@@ -5,107 +5,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import anyio
 import pytest
 import uvicorn
-from mcp import Client, StdioServerParameters
-from mcp.types import CallToolResult, ResourceTemplateReference, TextContent, TextResourceContents
+from mcp import Client
+from mcp.types import ResourceTemplateReference, TextContent, TextResourceContents
 from pydantic import create_model
+from starlette.routing import Route
 
 from cloudagent_mcp import __version__
 from cloudagent_mcp.app import App
 from cloudagent_mcp.bridge import Bridge
 from cloudagent_mcp.doctor import Finding, examine
-from cloudagent_mcp.embedded import only_worker
 from cloudagent_mcp.operations import Caller
 from cloudagent_mcp.server import http_app, mcp_server
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage.errors import CloudAgentError
 from cloudagent_storage.records import bound_for_git
+from tests.support.elsewhere import ADMIN, call, refusal, stdio, structured
 from tests.support.worlds import World, git
 
 pytestmark = pytest.mark.anyio
 
-ADMIN = "the-operators-own-key"
 ADDRESS = "https://github.com/you/project.git"
-
-
-@pytest.fixture
-def url(world: World) -> Generator[str]:
-    """A real server's address. It looks as if a worker ran, so that tasks stay queued."""
-    with only_worker(world.home, version=__version__):
-        server = subprocess.Popen(
-            [sys.executable, "-m", "cloudagent_mcp", "serve", "--port", "0"],
-            env={**world.environment, "ADMIN_API_KEY": ADMIN, "ANTHROPIC_API_KEY": "sk-the-servers"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert server.stdout is not None
-        with server.stdout as printed:
-            yield printed.readline().split("MCP at ")[1].split("/mcp ")[0]
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(15) in (0, -signal.SIGTERM)
-
-
-@pytest.fixture
-def key(world: World) -> str:
-    """Of an account on that server, as `ca key create` prints it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cloudagent_mcp", "key", "create", "laptop", "--account", "ada"],
-        env=world.environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
-
-
-@pytest.fixture
-def user(world: World, tmp_path: Path, url: str, key: str) -> dict[str, str]:
-    """The environment of somebody elsewhere, who has credentials of their own."""
-    return {
-        "PATH": world.environment["PATH"],
-        "HOME": str(tmp_path / "user"),
-        "CLOUDAGENT_HOME": str(tmp_path / "elsewhere"),
-        "CLOUDAGENT_URL": url,
-        "CLOUDAGENT_API_KEY": key,
-        "ANTHROPIC_API_KEY": "sk-the-users-own",
-        "GH_TOKEN": "ghp_the-users-own",
-    }
-
-
-@contextlib.asynccontextmanager
-async def stdio(user: dict[str, str], folder: Path, *options: str) -> AsyncGenerator[Client]:
-    server = StdioServerParameters(
-        command=sys.executable, args=["-m", "cloudagent_mcp", "mcp", *options], env=user, cwd=folder
-    )
-    async with Client(server) as client:
-        yield client
-
-
-def structured(result: CallToolResult) -> dict[str, Any]:
-    assert not result.is_error, result.content
-    return cast("dict[str, Any]", result.structured_content)
-
-
-def refusal(result: CallToolResult) -> dict[str, Any]:
-    assert result.is_error, result.content
-    return cast("dict[str, Any]", result.structured_content)
-
-
-async def call(bridge: Bridge, name: str, folder: Path, /, **arguments: Any) -> Any:
-    return await bridge.operations[name].call(Caller(local=True, operator=True, folder=folder), arguments)
 
 
 async def test_the_bridge_offers_what_a_local_server_offers_and_keeps_no_database(
@@ -258,15 +187,6 @@ async def submitted(user: dict[str, str], folder: Path, **arguments: Any) -> Any
         await bridge.server.close()
 
 
-async def refused(user: dict[str, str], folder: Path, **arguments: Any) -> CloudAgentError:
-    with pytest.raises(CloudAgentError) as caught:
-        await submitted(user, folder, **arguments)
-    bridge = Bridge(Settings.read(user))
-    assert (await call(bridge, "list_tasks", folder)).total == 0
-    await bridge.server.close()
-    return caught.value
-
-
 async def test_a_folder_becomes_the_address_and_the_commit_that_the_server_can_fetch(
     user: dict[str, str], pushed: Path, tmp_path: Path
 ) -> None:
@@ -290,25 +210,27 @@ async def test_a_folder_becomes_the_address_and_the_commit_that_the_server_can_f
     assert await submitted(user, pushed, repository=other, base_ref="v1") == (other, "v1")
 
 
-async def test_work_that_is_here_alone_is_never_left_out_in_silence(user: dict[str, str], pushed: Path) -> None:
+async def test_what_is_here_alone_is_uploaded_but_for_a_schedule(user: dict[str, str], pushed: Path) -> None:
     base = git(pushed, "rev-parse", "HEAD")
     (pushed / "calc.py").write_text("changed\n")
-    error = await refused(user, pushed)
-    assert (error.code, error.field) == ("repository_not_pushed", "repository")
-    assert "1 file is not committed" in error.message and "base_ref" in error.remedy
-    (pushed / "new.py").write_text("new\n")
-    assert "2 files are not committed" in (await refused(user, pushed)).message
-    git(pushed, "add", "-A")
-    assert "2 files are not committed" in (await refused(user, pushed)).message
-    git(pushed, "commit", "-q", "-m", "second")
-    assert "not pushed to origin" in (await refused(user, pushed)).message
-    assert "not pushed to origin" in (await refused(user, pushed, base_ref="main")).message
+    place, base_ref = await submitted(user, pushed)
+    assert place.startswith("upload:upl_") and base_ref is None
     asked = {"name": "n", "cron": "0 3 * * *", "task": {"prompt": "x"}}
-    bridge = Bridge(Settings.read(user))
-    with pytest.raises(CloudAgentError) as caught:
-        await call(bridge, "create_schedule", pushed, **asked)
-    assert (caught.value.code, caught.value.field) == ("repository_not_pushed", "task.repository")
-    await bridge.server.close()
+    for change, said in (
+        (lambda: None, "1 file is not committed"),
+        (lambda: (pushed / "new.py").write_text("new\n"), "2 files are not committed"),
+        (lambda: git(pushed, "add", "-A"), "2 files are not committed"),
+        (lambda: git(pushed, "commit", "-q", "-m", "second"), "not pushed to origin"),
+    ):
+        change()
+        bridge = Bridge(Settings.read(user))
+        with pytest.raises(CloudAgentError, match=said) as caught:
+            await call(bridge, "create_schedule", pushed, **asked)
+        assert (caught.value.code, caught.value.field) == ("repository_not_pushed", "task.repository")
+        assert "base_ref" in caught.value.remedy or "Push it" in caught.value.remedy
+        await bridge.server.close()
+    assert (await submitted(user, pushed))[0].startswith("upload:upl_")
+    assert (await submitted(user, pushed, base_ref="main"))[0].startswith("upload:upl_")
     assert await submitted(user, pushed, base_ref=base) == (ADDRESS, base)
 
 
@@ -336,8 +258,8 @@ async def test_the_servers_address_of_the_repository_is_origins_without_a_passwo
     if address is not None:
         assert await submitted(user, repo) == (address, git(repo, "rev-parse", "HEAD"))
         return
-    error = await refused(user, repo)
-    assert error.code == "repository_not_pushed" and "secret" not in error.message + error.remedy
+    # There is none that a server could use: it is uploaded.
+    assert (await submitted(user, repo))[0].startswith("upload:upl_")
 
 
 # -- credentials ----------------------------------------------------------------------------------------------------
@@ -466,3 +388,19 @@ async def test_the_doctor_of_a_client_looks_at_its_server(user: dict[str, str]) 
     assert found["server"].ok and not found["key"].ok and "CLOUDAGENT_API_KEY" in found["key"].message
     found = findings(user, CLOUDAGENT_URL="http://127.0.0.1:1")
     assert not found["server"].ok and not found["key"].ok and "CLOUDAGENT_URL" in (found["server"].remedy or "")
+
+
+async def test_a_server_that_takes_no_uploads_is_told_what_would_be_lost(
+    world: World, pushed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_routes(*_: object) -> list[Route]:
+        return []
+
+    monkeypatch.setattr("cloudagent_mcp.server.upload_routes", no_routes)
+    with older_server(world, without="retry_task", argument="egress") as url:
+        user = {"CLOUDAGENT_URL": url, "CLOUDAGENT_API_KEY": ADMIN, "CLOUDAGENT_HOME": str(tmp_path / "user")}
+        assert (await submitted(user, pushed))[0] == ADDRESS
+        (pushed / "calc.py").write_text("changed\n")
+        with pytest.raises(CloudAgentError, match="1 file is not committed") as caught:
+            await submitted(user, pushed)
+        assert caught.value.code == "repository_not_pushed" and "takes no uploads" in caught.value.remedy

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import TypeVar
+
+import psycopg2
 
 from cloudagent_storage.records import LOCAL_ACCOUNT, Claim, EventDraft, Question, TaskSpec
 from cloudagent_storage.store import Store
@@ -85,3 +88,18 @@ def in_processes(count: int, program: str, arguments: Sequence[str]) -> list[str
             if process.poll() is None:
                 process.kill()
                 process.communicate()
+
+
+def execute(url: str, sql: str) -> list[tuple[object, ...]]:
+    """One statement from outside, in the words that both databases know."""
+    if url.startswith("sqlite"):
+        with sqlite3.connect(url.removeprefix("sqlite:///")) as opened:
+            rows = opened.execute(sql).fetchall()
+        opened.close()
+        return rows
+    connection = psycopg2.connect(url)
+    with connection, connection.cursor() as cursor:
+        cursor.execute(sql)
+        rows = cursor.fetchall() if cursor.description else []
+    connection.close()
+    return rows

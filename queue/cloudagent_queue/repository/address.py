@@ -14,6 +14,7 @@ REF_LIMIT = 255
 _SCP = re.compile(
     r"(?P<user>[^\s@:/]+(?::[^\s@/]*)?)@(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):(?P<path>.+)"
 )
+_UPLOAD = re.compile(r"upload:(upl_[a-z2-7]{26})")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:.]+")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -53,6 +54,12 @@ def check_address(repository: str, *, local_paths_allowed: bool) -> str:
             remedy="Pass an https:// or ssh:// address, git@host:path, or none.",
         )
     return repository
+
+
+def upload_in(repository: str) -> str | None:
+    """The id in `upload:upl_…`: what was uploaded to a server before; None for any other address."""
+    found = _UPLOAD.fullmatch(repository)
+    return None if found is None else found[1]
 
 
 def is_remote(address: str) -> bool:

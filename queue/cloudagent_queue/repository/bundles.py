@@ -15,12 +15,18 @@ from cloudagent_storage.errors import UnsafeChange
 
 BASE_BRANCH = "refs/heads/cloudagent-base"
 """The one ref of an input bundle: where the agent starts."""
-BUNDLE_LIMIT = 200 * git.MB
+BUNDLE_LIMIT = 200_000_000
+"""Bytes: what the store keeps as one."""
+HARMLESS_FLAWS = (
+    *["badDate", "badDateOverflow", "badTimezone", "missingEmail", "missingNameBeforeEmail", "missingSpaceBeforeDate"],
+    *["missingSpaceBeforeEmail", "missingTaggerEntry", "multipleAuthors", "zeroPaddedDate", "zeroPaddedFilemode"],
+)
+"""Flaws that old tools left in the history of honest repositories, and that harm nobody."""
 DIFF_LIMIT = 5 * git.MB
 BINARY_DIFF_LIMIT = 10 * git.MB
 """A larger file is only named in a diff, not contained."""
 
-_MEMORY_LIMIT = 3 * 1024 * git.MB
+MEMORY_LIMIT = 3 * 1024 * git.MB
 _HEADER_LIMIT = 64 * 1024
 _FORMATS = {"sha1": 40, "sha256": 64}
 _STATUS = {"A": "added", "M": "modified", "D": "deleted", "R": "renamed", "C": "added", "T": "modified"}
@@ -159,7 +165,7 @@ class Quarantine:
 
     def run(self, *arguments: str, **options: object) -> git.Done:
         """git in the quarantine, with limits on time and memory."""
-        return git.run(*arguments, folder=self.folder, max_memory=_MEMORY_LIMIT, **options)  # pyright: ignore[reportArgumentType]
+        return git.run(*arguments, folder=self.folder, max_memory=MEMORY_LIMIT, **options)  # pyright: ignore[reportArgumentType]
 
     def changed_files(self, *, renames: bool) -> tuple[ChangedFile, ...]:
         """What differs between base and result."""

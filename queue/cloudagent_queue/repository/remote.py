@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from cloudagent_queue import git
-from cloudagent_queue.repository.bundles import BASE_BRANCH, BUNDLE_LIMIT
+from cloudagent_queue.repository.bundles import BASE_BRANCH, BUNDLE_LIMIT, HARMLESS_FLAWS
 from cloudagent_queue.repository.config import config_in
 from cloudagent_queue.repository.manifests import manifests_in
 from cloudagent_queue.repository.working_tree import near_names
@@ -33,12 +33,6 @@ from cloudagent_storage.records import LOCAL_ACCOUNT
 
 ANSWER_WITHIN_S = 20.0
 """How long a server may take to list its refs."""
-
-# Flaws that old tools left in the history of honest repositories, and that harm nobody.
-_HARMLESS_FLAWS = (
-    *["badDate", "badDateOverflow", "badTimezone", "missingEmail", "missingNameBeforeEmail", "missingSpaceBeforeDate"],
-    *["missingSpaceBeforeEmail", "missingTaggerEntry", "multipleAuthors", "zeroPaddedDate", "zeroPaddedFilemode"],
-)
 
 # What git and its helpers say, and what it means. The first that fits counts.
 _REASONS: Sequence[tuple[str, str]] = (
@@ -137,7 +131,7 @@ class _Cache:
         self._deadline = deadline
         self._protocols = protocols
         self._settings = [("fetch.fsckObjects", "true"), ("http.lowSpeedLimit", "1000"), ("http.lowSpeedTime", "20")]
-        self._settings += [(f"fetch.fsck.{flaw}", "ignore") for flaw in _HARMLESS_FLAWS]
+        self._settings += [(f"fetch.fsck.{flaw}", "ignore") for flaw in HARMLESS_FLAWS]
         if token is not None:
             host = f"http.https://{urlsplit(address).netloc}/"
             basic = base64.b64encode(f"x-access-token:{token}".encode()).decode()

@@ -30,8 +30,9 @@ def read_source(place: str, base_ref: str | None) -> Source:
     if place == "none" or is_remote(place):
         return Source(place)
     tree = bundle_working_tree(Path(place), base_ref=base_ref)
-    warnings = [
-        EventDraft(kind="status", level=Level.WARNING, message=f"Left out, since it looks like a secret: {path}")
-        for path in tree.left_out
-    ]
-    return Source(str(tree.top), tree.bundle, tree.base_sha, tree.config, tree.manifests, warnings)
+    return Source(str(tree.top), tree.bundle, tree.base_sha, tree.config, tree.manifests, warnings_of(tree.notes))
+
+
+def warnings_of(notes: Sequence[str]) -> list[EventDraft]:
+    """What its user should know of a source, as lines of the task's log."""
+    return [EventDraft(kind="status", level=Level.WARNING, message=note) for note in notes]

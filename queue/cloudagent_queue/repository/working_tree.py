@@ -11,7 +11,7 @@ import functools
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ _NO_SECRET = re.compile(r"\.env\.(example|sample|template|dist|defaults)|id_.+\.
 _NPM_TOKEN = re.compile(rb"_(authToken|auth|password)\s*=")
 _HEEDED = r"^(core\.(excludesfile|autocrlf|eol)|safe\.directory)$"
 _NEAR_NAMES = 5
+_COMMITS_ASKED = 256
+_SUBMODULES_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,26 @@ class WorkingTree:
 
     top: Path
     bundle: bytes
+    """Empty when whoever asked holds all of it."""
     base_sha: str
     """What the agent starts from: a commit of its own when something was not committed."""
     head: str
     """The user's branch, or the commit where there is none."""
     left_out: tuple[str, ...]
     """Untracked files that look like secrets, and nested repositories (with a final slash)."""
+    pointers: tuple[str, ...]
+    """What travels as the pointer that it is in git, in sentences: submodules and LFS files."""
     has_uncommitted: bool
     config: bytes | None
     """The `.cloudagent.toml` that is in it, checked."""
     manifests: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the folder the agent does not get, in sentences."""
+        secret = [f"Left out, since it looks like a secret: {path}" for path in self.left_out if path[-1] != "/"]
+        nested = [f"Left out, since it is a repository of its own: {path}" for path in self.left_out if path[-1] == "/"]
+        return (*secret, *nested, *self.pointers)
 
 
 class LocalRepository:
@@ -140,12 +152,16 @@ class LocalRepository:
         return [(name, "false" if name.endswith(".required") else "") for name in out.split("\0") if name]
 
 
-def bundle_working_tree(folder: Path, *, base_ref: str | None) -> WorkingTree:
+def bundle_working_tree(
+    folder: Path, *, base_ref: str | None, held: Callable[[Sequence[str]], Collection[str]] | None = None
+) -> WorkingTree:
     """Bundle the repository that `folder` lies in: `base_ref` alone, or else HEAD and all that is not committed.
 
-    Submodules and LFS files travel as the pointers that they are in git. Raises `RepositoryNotFound`,
-    `RepositoryEmpty`, `RepositoryNotAllowed` (a partial clone), `RefNotFound` with the nearest names,
-    `InvalidRepositoryConfig` and `RepositoryTooLarge`.
+    `held` tells which of some commits, the newest ones, the receiver has with all their history: what is in these is
+    not bundled again. Submodules and LFS files travel as the pointers that they are in git.
+
+    Raises `RepositoryNotFound`, `RepositoryEmpty`, `RepositoryNotAllowed` (a partial clone), `RefNotFound` with the
+    nearest names, `InvalidRepositoryConfig` and `RepositoryTooLarge`; and what `held` does.
     """
     repository = LocalRepository.find(folder)
     if repository.run("config", "--get-regexp", r"^remote\..*\.promisor$", ok=(0, 1)).out:
@@ -172,11 +188,24 @@ def bundle_working_tree(folder: Path, *, base_ref: str | None) -> WorkingTree:
         config, manifests = config_in(run, tree), manifests_in(run, tree)
         if tree != committed or scratch.shallow:
             base = scratch.commit(tree, origin=head)
+        there = held(scratch.newest(base)) if held is not None else ()
         try:
-            bundle = scratch.bundle(base)
+            bundle = b"" if base in there else scratch.bundle(base, without=there)
         except git.TooMuchOutput:
-            raise RepositoryTooLarge() from None
-        return WorkingTree(repository.top, bundle, base, name, tuple(left_out), tree != committed, config, manifests)
+            raise RepositoryTooLarge(
+                f"The repository makes a bundle of more than {BUNDLE_LIMIT // 1_000_000} MB, which is the limit."
+            ) from None
+        return WorkingTree(
+            top=repository.top,
+            bundle=bundle,
+            base_sha=base,
+            head=name,
+            left_out=tuple(left_out),
+            pointers=_pointers(run, tree),
+            has_uncommitted=tree != committed,
+            config=config,
+            manifests=manifests,
+        )
 
 
 class _Scratch:
@@ -206,11 +235,18 @@ class _Scratch:
         env = {**self.env, **git.AUTHOR, **dates}
         return self._repository.run("commit-tree", tree, *parent, stdin=message.encode(), env=env).text
 
-    def bundle(self, tip: str) -> bytes:
+    def newest(self, tip: str) -> list[str]:
+        """A commit and those before it, the newest first."""
+        if self.shallow:
+            return [tip]
+        listing = ["rev-list", f"--max-count={_COMMITS_ASKED}", tip]
+        return self._repository.run(*listing, env=self.env).text.split("\n")
+
+    def bundle(self, tip: str, *, without: Collection[str] = ()) -> bytes:
         env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": self.env["GIT_ALTERNATE_OBJECT_DIRECTORIES"]}
         git.run("update-ref", BASE_BRANCH, tip, folder=self._folder, env=env)
         return git.run(
-            *["bundle", "create", "--quiet", "-", BASE_BRANCH],
+            *["bundle", "create", "--quiet", "-", BASE_BRANCH, *(f"^{commit}" for commit in without)],
             folder=self._folder,
             env=env,
             max_bytes=BUNDLE_LIMIT,
@@ -248,7 +284,7 @@ def to_leave_out(repository: LocalRepository) -> list[str]:
     size = sum((repository.top / path).lstat().st_size for path in untracked if (repository.top / path).is_file())
     if size > BUNDLE_LIMIT:
         raise RepositoryTooLarge(
-            f"Untracked files add up to {size // git.MB} MB; the limit is {BUNDLE_LIMIT // git.MB} MB.",
+            f"Untracked files add up to {size // 1_000_000} MB; the limit is {BUNDLE_LIMIT // 1_000_000} MB.",
             remedy="Name what the agent does not need in .gitignore.",
         )
     listing = ["diff-index", "--cached", "--name-only", "--diff-filter=A", "-z", "HEAD"]
@@ -281,6 +317,25 @@ def _heeded_settings(folder: Path) -> list[tuple[str, str]]:
         found.append(("core.excludesfile", "~/.config/git/ignore"))
     # There is no HOME where they are used.
     return [(key, str(home / value[2:]) if value.startswith("~/") else value) for key, value in found]
+
+
+def _pointers(run: Callable[..., git.Done], tree: str) -> tuple[str, ...]:
+    """What of a tree is not in git itself, in sentences."""
+    entries = run("ls-tree", "-r", "-z", "--full-tree", tree).out.decode("utf-8", "surrogateescape").split("\0")
+    submodules = [entry.partition("\t")[2] for entry in entries if entry.startswith("160000 ")]
+    said = [
+        f"The submodule {path} is an empty folder there: only which commit it is at travels, and none of its files."
+        for path in submodules[:_SUBMODULES_NAMED]
+    ]
+    if len(submodules) > _SUBMODULES_NAMED:
+        said.append(f"So are {len(submodules) - _SUBMODULES_NAMED} more submodules.")
+    attributes = [entry for entry in entries if entry.rpartition("\t")[2].rpartition("/")[2] == ".gitattributes"]
+    for entry in attributes[:_SUBMODULES_NAMED]:
+        name = entry.partition("\t")[0].split(" ")[2]
+        if b"filter=lfs" in run("cat-file", "blob", name, max_bytes=git.MB, cut=True).out:
+            said.append("Files of Git LFS are pointers there, but for those that you have changed since your commit.")
+            break
+    return tuple(said)
 
 
 def _quoted(path: Path) -> str:

@@ -11,10 +11,10 @@
       - InvalidCron, NeverFires, TooFrequent, UnknownTimezone
     + repository
       - RepositoryNotAllowed, RepositoryNotFound, RepositoryUnreachable, RepositoryEmpty, CredentialsInUrl
-      - RepositoryNotPushed
+      - RepositoryNotPushed, InvalidUpload, UploadIncomplete
       - InvalidRef, RefNotFound, RepositoryTooLarge, InvalidRepositoryConfig
   x NotFound
-    + TaskNotFound, ScheduleNotFound, KeyNotFound, AmbiguousId, NoRoute
+    + TaskNotFound, ScheduleNotFound, KeyNotFound, UploadNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
     + NotReady, TaskEnded, QuestionClosed, NoChanges, AlreadyApplied, NothingToUndo, Busy
     + TaskExpired

@@ -193,6 +193,20 @@ class RepositoryTooLarge(InvalidInput):
     field = "repository"
 
 
+class InvalidUpload(InvalidInput):
+    """What was uploaded is no whole git bundle of one commit that git accepts."""
+
+    code = "invalid_upload"
+    remedy = "Upload what `git bundle create` made of the branch cloudagent-base; `ca task create` does all of it."
+
+
+class UploadIncomplete(InvalidInput):
+    """The upload is built on commits that are not there, or not any more."""
+
+    code = "upload_incomplete"
+    remedy = "Upload the whole of it."
+
+
 class CredentialsInUrl(InvalidInput):
     """The repository's address holds a user name or password."""
 

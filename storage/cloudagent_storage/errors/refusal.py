@@ -36,6 +36,14 @@ class ScheduleNotFound(NotFound):
     field = "schedule_id"
 
 
+class UploadNotFound(NotFound):
+    """There is no upload with that id; none is kept for longer than a day."""
+
+    code = "upload_not_found"
+    remedy = "Upload it again: `ca task create` in the folder does so."
+    field = "repository"
+
+
 class AmbiguousId(NotFound):
     """Several tasks begin with that prefix."""
 

@@ -17,6 +17,7 @@ from cloudagent_storage.store.retention import Retention
 from cloudagent_storage.store.schedules import ScheduleChanges, Schedules
 from cloudagent_storage.store.tasks import Changes, Tasks
 from cloudagent_storage.store.templates import Templates
+from cloudagent_storage.store.uploads import Uploads
 from cloudagent_storage.store.workers import Workers
 
 __all__ = ["BRIEF", "CONNECTIONS", "MAX_BLOB_BYTES", "PATIENT", "Changes", "Patience", "ScheduleChanges", "Store"]
@@ -44,6 +45,7 @@ class Store:
         self.schedules = Schedules(database, self.tasks)
         self.retention = Retention(database)
         self.templates = Templates(database)
+        self.uploads = Uploads(database)
 
     @classmethod
     def open(cls, url: str, *, patience: Patience = PATIENT, connections: int = CONNECTIONS) -> Store:

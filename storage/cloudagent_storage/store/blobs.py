@@ -13,6 +13,8 @@ from cloudagent_storage.store.row import change, change_held, find_kept
 
 MAX_BLOB_BYTES = 200_000_000
 """The size that a blob may have, before it is compressed."""
+WRITES_WITHIN_S = 60.0
+"""How long one may take to be written, also where people wait for the answer."""
 
 
 def packed(data: bytes) -> bytes:

@@ -130,6 +130,13 @@ class Database:
         with self._translated(), self._peewee.connection_context(), self._peewee.atomic():
             yield
 
+    def take_time(self, seconds: float) -> None:
+        """Within a transaction: its statements may take so long, as one that writes a whole bundle does."""
+        if self.file is None:
+            self._peewee.execute_sql(f"SET LOCAL statement_timeout = '{int(seconds * 1000)}ms'")
+            connection = self._peewee.connection()
+            connection.limit_s = max(connection.limit_s, seconds)
+
     def announce(self, row_id: str) -> None:
         """Once the transaction is committed, whoever waits for this task or schedule is told.
 

@@ -34,7 +34,7 @@ from cloudagent_storage.records import (
     new_id,
 )
 from cloudagent_storage.store.backlog import take
-from cloudagent_storage.store.blobs import packed, write_blob
+from cloudagent_storage.store.blobs import WRITES_WITHIN_S, packed, write_blob
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.log import write_lines
 from cloudagent_storage.store.row import (
@@ -116,6 +116,8 @@ class Tasks:
             (kind, packed(data), len(data)) for kind, data in (blobs.items() if blobs else ())
         ]
         with self._db.writing():
+            if ready:
+                self._db.take_time(WRITES_WITHIN_S)
             query = self._rows.insert(
                 task_id=task_id,
                 account_id=account_id,

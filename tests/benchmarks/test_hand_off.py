@@ -1,0 +1,93 @@
+"""What it takes to hand a large working tree to a server, as ratios to `git bundle create`. Gates nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from random import Random
+
+import anyio
+import pytest
+
+from cloudagent_mcp.hand_over import for_server
+from cloudagent_mcp.remote_server import RemoteServer
+from cloudagent_mcp.settings import Settings
+from tests.support.served import KEY, served
+from tests.support.worlds import World, git
+
+pytestmark = pytest.mark.benchmark
+
+FILES, CHANGED, ROUNDS = 10_000, 10, 3
+
+
+def write(folder: Path, number: int, seed: int) -> None:
+    """A file of 2 KB, as far from and as near to its neighbours as source code is."""
+    words = Random(seed * FILES + number).choices(range(300), k=400)
+    path = folder / f"d{number % 100}" / f"f{number}.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(f"x{word}" for word in words))
+
+
+def bundle(folder: Path, *what: str) -> tuple[float, int]:
+    """Seconds and bytes of what git itself makes of something that is committed."""
+    started = time.monotonic()
+    # To a pipe: a file that is named is replaced by another, also where it is a device.
+    done = subprocess.run(["git", "bundle", "create", "-q", "-", *what], cwd=folder, check=True, capture_output=True)
+    return time.monotonic() - started, len(done.stdout)
+
+
+def test_upload_of_a_large_tree(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "config", "gc.auto", "0")
+    for number in range(FILES):
+        write(folder, number, 0)
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "all")
+    git(folder, "gc", "-q")
+
+    def change(seed: int) -> None:
+        for number in range(CHANGED):
+            write(folder, number * 100 + seed, seed)
+
+    with served(world) as url:
+        settings = Settings.read(
+            {"CLOUDAGENT_URL": url, "CLOUDAGENT_API_KEY": KEY, "CLOUDAGENT_HOME": str(tmp_path / "elsewhere")}
+        )
+
+        def upload() -> tuple[float, float]:
+            """Seconds until the server has it, and bytes that went."""
+            sizes = [0.0]
+
+            async def tell(_: float, total: float, message: str) -> None:
+                if message.startswith("Upload"):
+                    sizes.append(total)
+
+            async def run() -> None:
+                async with RemoteServer(settings) as server:
+                    place = await for_server(server, folder, None, None, may_upload=True, tell=tell)
+                    assert str(place["repository"]).startswith("upload:"), place
+
+            started = time.monotonic()
+            anyio.run(run)
+            return time.monotonic() - started, sizes[-1]
+
+        print(
+            f"\n{FILES} files, {CHANGED} changed and not committed; seconds until the server has it, and what was sent"
+        )
+        floor, size = bundle(folder, "HEAD")
+        change(1)
+        first, sent = upload()
+        print(f"  first:  {first:.2f} s, {sent / 1e3:.0f} kB; git bundle create {floor:.2f} s, {size / 1e3:.0f} kB")
+        print(f"          {first / floor:.1f}x the time, {sent / size:.2f}x the bytes")
+        for seed in range(2, 2 + ROUNDS):
+            change(seed)
+            again, sent = upload()
+            git(folder, "stash", "-q")  # a commit of the same changes
+            floor, size = bundle(folder, "refs/stash", "^HEAD")
+            git(folder, "stash", "pop", "-q")
+            print(f"  again:  {again:.2f} s, {sent / 1e3:.0f} kB; git bundle create {floor:.2f} s, {size / 1e3:.0f} kB")
+        same, sent = upload()
+        print(f"  as it was: {same:.2f} s, {sent:.0f} bytes")
