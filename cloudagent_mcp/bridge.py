@@ -145,7 +145,7 @@ class RemoteOperation(Operation):
         given = {**self.credentials, **task}
         try:
             name = given.get("repository")
-            if not new and name is None:
+            if name is None and (not new or given.get("continue_task_id")):
                 return given  # it stays what it is
             return given | _found_by_server(caller, name, given.get("base_ref"))
         except InvalidInput as error:

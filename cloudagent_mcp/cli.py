@@ -91,6 +91,7 @@ def task() -> None:
 @task.command()
 @click.argument("prompt")
 @task_options
+@click.option("--continue", "continue_task_id", metavar="TASK", help="Go on from this ended task: branch and talk.")
 @click.option("--idempotency-key", help="Repeating the command with the same key is still one task.")
 @click.option(
     "--send-credentials",
@@ -112,6 +113,8 @@ def create(
 
         arguments |= arguments_of(Settings.read().environment)
     with client() as api:
+        if "continue_task_id" in arguments:
+            arguments["continue_task_id"] = api.resolve(arguments["continue_task_id"])
         created = api.call("submit_task", prompt=prompt, tags=list(tags), **arguments)
         if as_json and not watch:
             click.echo(json.dumps(created))
@@ -256,6 +259,26 @@ def undo(task_id: str, directory: Path | None, as_json: bool) -> None:
     with client() as api:
         done = api.apply(api.resolve(task_id), undo=True, **_directory(directory))
     print_answer(done, as_json, "show_applied")
+
+
+@task.command()
+@task_id
+@directory
+@click.option("--run", is_flag=True, help="Start `claude` with it at once.")
+@as_json
+def resume(task_id: str, directory: Path | None, run: bool, as_json: bool) -> None:
+    """Bring a task's conversation home, to go on with it in Claude Code on this machine."""
+    with client() as api:
+        done = api.resume(api.resolve(task_id), (directory or Path()).absolute())
+    if run and not as_json:
+        import os
+
+        try:
+            os.chdir(done["directory"])
+            os.execvp("claude", ["claude", "--resume", done["session_id"]])
+        except OSError:
+            click.echo("`claude` is not to be found here; type this where it is:", err=True)
+    print_answer(done, as_json, "show_resumed")
 
 
 @task.command()

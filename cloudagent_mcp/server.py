@@ -132,7 +132,10 @@ def http_app(app: App, *, key: str, host: str, port: int) -> Starlette:
     return Starlette(
         routes=[
             Route("/health", health.answer),
-            Mount("/api/v1", routes=make_routes(app.operations.values(), caller, app.tasks.bundle)),
+            Mount(
+                "/api/v1",
+                routes=make_routes(app.operations.values(), caller, app.tasks.bundle, app.tasks.sessions.session),
+            ),
             Mount("/", app=mcp_app),
         ],
         middleware=[Middleware(Guard, key=key, hosts=hosts, api_keys=api_keys)],
