@@ -21,7 +21,7 @@ from cloudagent_storage.errors import SessionDiverged, SessionMalformed, Session
 from cloudagent_storage.records import Record
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_FILE = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _HERE_MAX = 4 * LARGEST
 """Bytes of a session that is here already and is still compared."""
@@ -143,10 +143,9 @@ def _extend(file: int, data: bytes) -> Literal["extended", "already_here"]:
         return "already_here"
     if not data.startswith(here):
         raise SessionDiverged()
-    # To the end of what was compared, never over it; a crash in the middle leaves a beginning, as before.
-    rest, at = data[len(here) :], len(here)
+    # To the file's end, so that nothing is overwritten; a crash in the middle leaves a beginning, as before.
+    rest = data[len(here) :]
     while rest:
-        written = os.pwrite(file, rest, at)
-        rest, at = rest[written:], at + written
+        rest = rest[os.write(file, rest) :]
     os.fsync(file)
     return "extended"
