@@ -87,8 +87,10 @@ def _place(found: Conversation, claude: Path, folder: str) -> Literal["placed", 
             try:
                 file = os.open(name, _FILE, dir_fd=project)
             except FileNotFoundError:
-                _make(project, name, found.data)
-                return "placed"
+                with suppress(FileExistsError):  # somebody else was first
+                    _make(project, name, found.data)
+                    return "placed"
+                file = os.open(name, _FILE, dir_fd=project)
             with os.fdopen(file, "r+b", buffering=0) as here:
                 return _extend(here.fileno(), found.data)
     except OSError as error:

@@ -12,7 +12,7 @@ from cloudagent_mcp.session_home import SessionHome, bring_home
 from cloudagent_queue.agents.claude_session import without_costs
 from cloudagent_queue.repository import Source, with_ref
 from cloudagent_queue.seal import seal, unseal
-from cloudagent_storage.errors import NoSession, NotReady, TaskExpired
+from cloudagent_storage.errors import NoSession, NotReady
 from cloudagent_storage.records import BlobKind, Task, TaskSpec, branch_name
 
 if TYPE_CHECKING:
@@ -85,8 +85,6 @@ class Sessions:
 
     def _ended(self, caller: Caller, task_id: str) -> Task:
         task = self._store().tasks.get(caller.account_id, task_id)
-        if task.expired_at is not None:
-            raise TaskExpired()
         if not task.status.terminal:
             raise NotReady()
         return task

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from cloudagent_storage.errors import (
 from cloudagent_storage.records import LOCAL_ACCOUNT, TaskSpec, TaskStatus
 from cloudagent_storage.secrets import Keyring, generate_key
 from tests.support.sessions import HONEST, SESSION_ID, assistant, session, told, user
+from tests.support.stored import at_once
 from tests.support.worlds import World
 
 HEADERS = {"Authorization": "Bearer a-key", "Host": "127.0.0.1:8420"}
@@ -198,6 +201,17 @@ def test_it_is_placed_extended_and_left_alone_and_no_turn_is_lost(home: Home) ->
         home.bring(session([*HONEST, user(7, "Something else", 4)]))
     assert home.file.read_bytes() == mine
     assert [path.name for path in home.project.iterdir()] == [home.file.name], "nothing else is left"
+
+
+def test_of_several_that_come_at_once_one_is_placed_and_no_other_is_written_over_it(home: Home) -> None:
+    def bring(number: int) -> SessionHome | None:
+        try:
+            return home.bring(session([user(1, f"This is {number}.")]))
+        except SessionDiverged:
+            return None
+
+    placed = [done for done in at_once(*(partial(bring, number) for number in range(8))) if done is not None]
+    assert len(placed) == 1 and hashlib.sha256(home.file.read_bytes()).hexdigest() == placed[0].sha256
 
 
 def test_a_crash_in_the_middle_of_adding_leaves_what_the_next_one_completes(home: Home) -> None:
