@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cloudagent_mcp.scripted_model import Received, Rule, ScriptedModel
+from cloudagent_mcp.scripted_model import Received, Rule, Script, ScriptedModel
 from tests.e2e.test_one_task import FIX, MENDED
 from tests.support.claude_code import claude
-from tests.support.scripts import bash, say
+from tests.support.scripts import bash, pause, say
 from tests.support.served import KEY, served
-from tests.support.worlds import World
+from tests.support.worlds import World, until
 
 MORE = Rule(prompt="Now add a note", turns=(bash("cat calc.py > note.txt"), say("Noted.")))
 LOCAL = Rule(prompt="What did you mend", turns=(say("Add, as I said."),))
@@ -102,3 +102,31 @@ def test_a_task_goes_on_from_another_and_both_conversations_come_home_whole(
         claude(world, tmp_path, "--resume", brought["session_id"], "-p", "What did you mend?")
         home = said(last_request(model))
         assert home[: len(whole)] == whole and len(home) == len(whole) + 2, "no turn is lost"
+
+
+def test_a_task_that_goes_on_begins_again_from_the_other_ones_end_when_its_sandbox_dies(
+    world: World, repo: Path
+) -> None:
+    slow = Rule(prompt="Now take long", turns=(bash(pause(600)),))
+    with ScriptedModel([FIX, slow]) as model:
+        world = world.with_model(model.environment())
+        world.start_worker()
+        with world.client(repo) as client:
+            first = client.call("submit_task", prompt="Fix add please", setup="echo made > made.txt")["task_id"]
+            task = world.wait(client, first)
+            assert task["status"] == "completed", task
+            before = said(last_request(model))
+            asked = len(model.requests)
+            second = client.call("submit_task", prompt="Now take long", continue_task_id=first, on_interrupt="restart")[
+                "task_id"
+            ]
+            until(lambda: len(model.requests) > asked, "it is at work")
+            model.script = Script(rules=(Rule(prompt="Now take long", turns=MORE.turns),))
+            world.kill_sandbox()
+            task = world.wait(client, second)
+            assert task["status"] == "completed", task
+            files = [file["path"] for file in client.call("get_task_diff", task_id=second)["files"]]
+            assert files == ["calc.py", "made.txt", "note.txt"]
+            whole = said(last_request(model))
+            assert whole[: len(before)] == before and "Fixed add." in whole[len(before)][1]
+            assert "Now take long" in whole[len(before) + 1][1]
