@@ -92,6 +92,11 @@ def task() -> None:
 @click.argument("prompt")
 @task_options
 @click.option("--continue", "continue_task_id", metavar="TASK", help="Go on from this ended task: branch and talk.")
+@click.option(
+    "--session",
+    metavar="current|ID",
+    help="Take this conversation of your own Claude Code along: the one that you are in, or by its id.",
+)
 @click.option("--idempotency-key", help="Repeating the command with the same key is still one task.")
 @click.option(
     "--send-credentials",
@@ -106,10 +111,16 @@ def create(
     """Submit a task. PROMPT is what the agent should do; - reads it from standard input."""
     if prompt == "-":
         prompt = sys.stdin.read()
+    from cloudagent_mcp.settings import Settings
+
     arguments = given(options)
+    if "session" in arguments:
+        from cloudagent_mcp.session_home import take_along
+
+        environment = Settings.read().environment
+        arguments["session"] = take_along(arguments["session"], directory=Path.cwd(), environment=environment)
     if send_credentials:
         from cloudagent_mcp.operations.credentials import arguments_of
-        from cloudagent_mcp.settings import Settings
 
         arguments |= arguments_of(Settings.read().environment)
     with client() as api:

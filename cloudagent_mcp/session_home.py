@@ -1,4 +1,6 @@
-"""A task's session comes home, to where Claude Code on this machine finds it: `claude --resume ID` goes on with it.
+"""A task's session comes home, and one of this machine's goes along with a task.
+
+It comes to where Claude Code on this machine finds it: `claude --resume ID` goes on with it.
 
 What was said comes along and nothing else (see claude_session.py). Below Claude Code's own folder no symlink is
 followed. A session that is here already is never written over: it stays as it is, or what is new is added to its end.
@@ -6,23 +8,42 @@ followed. A session that is here already is never written over: it stays as it i
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
+import re
 import shlex
 import stat
 import unicodedata
+import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from cloudagent_queue.agents.claude_session import LARGEST, Conversation, count_turns_of_session, read_conversation
-from cloudagent_storage.errors import SessionDiverged, SessionMalformed, SessionPlaceUnsafe, TargetNotAllowed
+from cloudagent_queue.agents.claude_session import (
+    LARGEST,
+    Conversation,
+    as_session,
+    count_turns_of_session,
+    read_conversation,
+)
+from cloudagent_storage.errors import (
+    NoSession,
+    SessionDiverged,
+    SessionMalformed,
+    SessionPlaceUnsafe,
+    SessionTooLarge,
+    TargetNotAllowed,
+)
 from cloudagent_storage.records import Record
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+PACKED_MAX = 3_000_000
+"""Characters of a packed session: a request to REST may have 4 MB."""
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HERE_MAX = 4 * LARGEST
 """Bytes of a session that is here already and is still compared."""
 
@@ -67,6 +88,53 @@ def bring_home(session: bytes, *, task_id: str, directory: Path, environment: Ma
         directory=folder,
         command=f"cd {shlex.quote(folder)} && claude --resume {found.session_id}",
     )
+
+
+def take_along(name: str, *, directory: Path, environment: Mapping[str, str]) -> str:
+    """A session of this machine, packed for a task to go on with: what was said in it, and nothing else.
+
+    `name` is its id, or `current`: the one that this process was started from, or the newest of the directory.
+    Raises `NoSession`, `SessionMalformed` and `SessionTooLarge`.
+    """
+    from claude_agent_sdk import project_key_for_directory
+
+    projects = _claude_folder(environment) / "projects"
+    project = projects / project_key_for_directory(str(directory.resolve()))
+    if name == "current":
+        within = environment.get("CLAUDE_CODE_SESSION_ID") or ""
+        found = list(projects.glob(f"*/{within}.jsonl")) if _ID.fullmatch(within) else list(project.glob("*.jsonl"))
+    else:
+        found = list(projects.glob(f"*/{name}.jsonl")) if _ID.fullmatch(name) else []
+    if not found:
+        raise NoSession(
+            "There is no such session on this machine.",
+            remedy="Name one that `claude --resume` lists.",
+            field="session",
+        )
+    newest = max(found, key=lambda file: (file.parent == project, file.stat().st_mtime))
+    with newest.open("rb") as file:
+        text = file.read(LARGEST + 1)
+    # A line that is being written now is left out.
+    transcript = text[: text.rfind(b"\n") + 1].decode("utf-8", "replace")
+    said = read_conversation(as_session(newest.stem, transcript), folder="/")
+    packed = base64.b64encode(zlib.compress(as_session(said.session_id, said.data.decode()), 9)).decode()
+    if len(packed) > PACKED_MAX:
+        raise SessionTooLarge(
+            "The session is larger than can be taken along.", remedy="Say what matters in the prompt."
+        )
+    return packed
+
+
+def unpack(packed: str) -> bytes:
+    """What `take_along` has packed, or somebody else. Raises `SessionMalformed` and `SessionTooLarge`."""
+    try:
+        expand = zlib.decompressobj()
+        session = expand.decompress(base64.b64decode(packed, validate=True), LARGEST)
+    except (ValueError, zlib.error):
+        raise SessionMalformed() from None
+    if expand.unconsumed_tail:
+        raise SessionTooLarge()
+    return session
 
 
 def _claude_folder(environment: Mapping[str, str]) -> Path:

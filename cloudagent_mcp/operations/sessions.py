@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from cloudagent_mcp.operations import Caller
-from cloudagent_mcp.session_home import SessionHome, bring_home
-from cloudagent_queue.agents.claude_session import without_costs
+from cloudagent_mcp.session_home import SessionHome, bring_home, unpack
+from cloudagent_queue.agents.claude_session import as_session, read_conversation, without_costs
+from cloudagent_queue.redact import Redactor
 from cloudagent_queue.repository import Source, with_ref
 from cloudagent_queue.seal import seal, unseal
-from cloudagent_storage.errors import NoSession, NotReady
+from cloudagent_storage.errors import NoSession, NotReady, SessionRefused
 from cloudagent_storage.records import BlobKind, Task, TaskSpec, branch_name
 
 if TYPE_CHECKING:
@@ -79,6 +81,20 @@ class Sessions:
         if (start := self._store().blobs.get(account_id, task_id, "start")) is not None:
             blobs["start"] = with_ref(start, branch_name(for_task))
         return blobs
+
+    def taken_along(self, caller: Caller, packed: str, *, for_task: str, secrets: Sequence[str]) -> bytes:
+        """A conversation that a caller had elsewhere, for a task to go on with; see `take_along` in session_home.py.
+
+        It becomes a session of its own, so that it can come home beside the one that it was. Without `secrets`.
+        Raises `SessionMalformed` and `SessionTooLarge`.
+        """
+        try:
+            found = read_conversation(unpack(packed), folder="/", new_id=str(uuid4()))
+        except SessionRefused as error:
+            error.field, error.remedy = "session", "Submit it without a session."
+            raise
+        session = as_session(found.session_id, found.data.decode())
+        return self._sealed(caller, for_task, Redactor(secrets).data(session))
 
     def _sealed(self, caller: Caller, task_id: str, session: bytes) -> bytes:
         return seal(self._keyring(), session, account_id=caller.account_id, task_id=task_id, attempt=0)

@@ -19,7 +19,7 @@ from cloudagent_mcp.operations.diffs import Diff, parse_diff
 from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.submission import Allowed, check_task, find_source, going_on
 from cloudagent_mcp.operations.waiting import brief_line, wait_for
-from cloudagent_mcp.session_home import SessionHome
+from cloudagent_mcp.session_home import PACKED_MAX, SessionHome
 from cloudagent_queue.agents import open_agent
 from cloudagent_storage.errors import CloudAgentError, NoChanges, NotReady, StartGiven, TargetNotAllowed, TaskExpired
 from cloudagent_storage.records import (
@@ -191,6 +191,9 @@ class Tasks:
         continue_task_id: Annotated[
             str | None, Field(max_length=200, description="Go on from this ended task: its branch, its talk.")
         ] = None,
+        session: Annotated[
+            str | None, Field(max_length=PACKED_MAX, description="A conversation to go on with, as `ca` packs it.")
+        ] = None,
         idempotency_key: Annotated[
             str | None,
             Field(min_length=1, max_length=255, description="Repeat the call with the same key: still one task."),
@@ -227,7 +230,7 @@ class Tasks:
         idempotency = None
         if idempotency_key is not None:
             # Without the credentials: the same submit may be repeated with fresh ones.
-            said = [*asked.values(), *([] if continue_task_id is None else [continue_task_id])]
+            said = [*asked.values(), *(each for each in (continue_task_id, session) if each is not None)]
             digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
             idempotency = Idempotency(key=idempotency_key, digest=digest)
             if (before := self._store.tasks.replay(caller.account_id, idempotency)) is not None:
@@ -236,9 +239,14 @@ class Tasks:
         conversation: Mapping[BlobKind, bytes] = {}
         if continue_task_id is None:
             source = find_source(caller, repository, base_ref)
+            if session is not None:
+                secrets = [*open_agent(spec.agent).secrets(environment), *tokens.values()]
+                carried = self.sessions.taken_along(caller, session, for_task=task_id, secrets=secrets)
+                conversation = {"conversation": carried}
         else:
-            if repository is not None or base_ref is not None:
-                raise StartGiven(field="base_ref" if repository is None else "repository")
+            given = {"repository": repository, "base_ref": base_ref, "session": session}
+            if too_much := [name for name, value in given.items() if value is not None]:
+                raise StartGiven(field=too_much[0])
             earlier = self.sessions.earlier(caller, continue_task_id, for_task=task_id)
             spec = check_task(going_on(asked, earlier.spec), self._allowed, own_user=caller.local)
             source, conversation = earlier.source, earlier.blobs

@@ -37,6 +37,12 @@ def said(request: Received) -> list[tuple[str, str]]:
     return found
 
 
+def ca(folder: Path, environment: Mapping[str, str], *words: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "cloudagent_mcp", *words, "--json"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    return json.loads(done.stdout)
+
+
 def last_request(model: ScriptedModel) -> Received:
     return [request for request in model.requests if "count_tokens" not in request.path][-1]
 
@@ -88,15 +94,10 @@ def test_a_task_goes_on_from_another_and_both_conversations_come_home_whole(
         with served(world) as url:
             remote = {**environment, "CLOUDAGENT_URL": url, "CLOUDAGENT_API_KEY": KEY}
 
-            def resume(folder: Path, env: Mapping[str, str]) -> dict[str, Any]:
-                command = [sys.executable, "-m", "cloudagent_mcp", "task", "resume", second, "--json"]
-                done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
-                return json.loads(done.stdout)
-
-            assert resume(repo, {**remote, "CLAUDE_CONFIG_DIR": ""})["code"] == "session_diverged"
+            assert ca(repo, {**remote, "CLAUDE_CONFIG_DIR": ""}, "task", "resume", second)["code"] == "session_diverged"
             assert kept.read_bytes() == mine
             # Over HTTP, into another folder of Claude Code's and for another directory.
-            brought = resume(tmp_path, remote)
+            brought = ca(tmp_path, remote, "task", "resume", second)
             assert brought["outcome"] == "placed" and brought["directory"] == str(tmp_path)
         world.environment["CLAUDE_CONFIG_DIR"] = environment["CLAUDE_CONFIG_DIR"]
         claude(world, tmp_path, "--resume", brought["session_id"], "-p", "What did you mend?")
@@ -104,18 +105,26 @@ def test_a_task_goes_on_from_another_and_both_conversations_come_home_whole(
         assert home[: len(whole)] == whole and len(home) == len(whole) + 2, "no turn is lost"
 
 
-def test_a_task_that_goes_on_begins_again_from_the_other_ones_end_when_its_sandbox_dies(
+def test_a_conversation_goes_along_and_a_task_that_goes_on_begins_again_from_there_when_its_sandbox_dies(
     world: World, repo: Path
 ) -> None:
     slow = Rule(prompt="Now take long", turns=(bash(pause(600)),))
-    with ScriptedModel([FIX, slow]) as model:
+    with ScriptedModel([LOCAL, FIX, slow]) as model:
         world = world.with_model(model.environment())
         world.start_worker()
         with world.client(repo) as client:
-            first = client.call("submit_task", prompt="Fix add please", setup="echo made > made.txt")["task_id"]
-            task = world.wait(client, first)
+            claude(world, repo, "-p", "What did you mend before?")
+            mine = said(last_request(model))
+            command = ["task", "create", "Fix add please", "--session", "current", "--setup", "echo made > made.txt"]
+            task = world.wait(client, ca(repo, world.environment, *command)["task_id"])
+            first = task["task_id"]
             assert task["status"] == "completed", task
             before = said(last_request(model))
+            assert before[: len(mine)] == mine and "Add, as I said." in before[len(mine)][1], "what was said here"
+            assert "Fix add please" in before[len(mine) + 1][1]
+            # It comes home beside the one that it parted from.
+            assert client.resume(first, repo)["outcome"] == "placed"
+            assert len(list(Path(world.environment["HOME"]).glob(".claude/projects/*/*.jsonl"))) == 2
             asked = len(model.requests)
             second = client.call("submit_task", prompt="Now take long", continue_task_id=first, on_interrupt="restart")[
                 "task_id"

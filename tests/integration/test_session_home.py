@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,8 @@ from starlette.testclient import TestClient
 
 from cloudagent_mcp.app import App
 from cloudagent_mcp.server import http_app
-from cloudagent_mcp.session_home import SessionHome, bring_home
+from cloudagent_mcp.session_home import SessionHome, bring_home, take_along, unpack
+from cloudagent_queue.agents.claude_session import count_turns_of_session
 from cloudagent_queue.seal import seal, unseal
 from cloudagent_storage.errors import (
     CloudAgentError,
@@ -160,6 +163,60 @@ async def test_what_cannot_be_gone_on_from_is_refused_by_reason(app: App) -> Non
     # The same submit once more is still that task, whatever has become of the one before.
     again = await submit(continue_task_id=task_id, idempotency_key="k", verify="false")
     assert again.replayed and again.task_id == once.task_id
+
+
+# -- taking one along -------------------------------------------------------------------------------------------------
+
+
+def packed(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        ("no base64!", "session_malformed"),
+        (base64.b64encode(b"no zlib").decode(), "session_malformed"),
+        (packed(b"no json"), "session_malformed"),
+        (packed(session(session_id="../x")), "session_malformed"),
+        (packed(b" " * 60_000_000), "session_too_large"),
+        ("A" * 3_000_001, "out_of_range"),
+    ],
+)
+def test_a_conversation_that_is_sent_along_is_checked_as_one_from_a_sandbox(app: App, sent: str, code: str) -> None:
+    with TestClient(http_app(app, key="a-key", host="127.0.0.1", port=8420), headers=HEADERS) as http:
+        refused = http.post("/api/v1/tasks", json={"prompt": "Go on", "session": sent}).json()
+        assert (refused["code"], refused["field"]) == (code, "session")
+        both = {"prompt": "Go on", "session": packed(session()), "continue_task_id": TASK}
+        assert http.post("/api/v1/tasks", json=both).json()["code"] == "start_given"
+        for name in ("session", "continue_task_id"):
+            schedule = {"name": "n", "cron": "0 3 * * *", "task": {"prompt": "x", name: both[name]}}
+            assert http.post("/api/v1/schedules", json=schedule).json()["code"] == "unknown_argument"
+        assert http.get("/api/v1/tasks").json()["total"] == 0
+
+
+def test_what_is_taken_along_is_what_was_said_as_a_session_of_its_own_and_without_secrets(app: App, home: Home) -> None:
+    key = "sk-ant-test-0123456789abcdef"
+    home.project.mkdir(parents=True)
+    said = [*HONEST, user(5, f"My key is {key}", 4)]
+    home.file.write_text("".join(f"{json.dumps(one)}\n" for one in said) + '{"type":"user","mes')
+    (home.project / f"{SESSION_ID[:-1]}b.jsonl").write_text("{}\n")
+    os.utime(home.project / f"{SESSION_ID[:-1]}b.jsonl", (1, 1))
+    where: Any = {"directory": home.directory, "environment": home.environment}
+    sent = take_along("current", **where)
+    assert sent == take_along(SESSION_ID, **where)
+    assert b"permission" not in unpack(sent) and str(home.directory).encode() not in unpack(sent)
+    elsewhere: Any = {"directory": home.directory.parent, "environment": home.environment}
+    started_from = {**home.environment, "CLAUDE_CODE_SESSION_ID": SESSION_ID}
+    assert take_along("current", directory=home.directory.parent, environment=started_from) == sent
+    for name in ("current", "../../x", "*", SESSION_ID.replace("a", "c")):
+        with pytest.raises(NoSession):
+            take_along(name, **elsewhere)
+    caller = app.local_caller()
+    sealed = app.tasks.sessions.taken_along(caller, sent, for_task=TASK, secrets=[key])
+    kept = unseal(app.settings.keyring, sealed, account_id=LOCAL_ACCOUNT, task_id=TASK)
+    assert key.encode() not in kept and SESSION_ID.encode() not in kept
+    assert count_turns_of_session(kept) == 5
 
 
 # -- the place --------------------------------------------------------------------------------------------------------

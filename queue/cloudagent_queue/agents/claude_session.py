@@ -61,13 +61,15 @@ class Conversation:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def read_conversation(session: bytes, *, folder: str) -> Conversation:
+def read_conversation(session: bytes, *, folder: str, new_id: str | None = None) -> Conversation:
     """The conversation in what `Agent.session` collected, to go on in `folder`. The same input gives the same bytes.
 
+    With a `new_id` it becomes a session of its own, which parts from the one that it was until now.
     Every message of its main thread is in it. What subagents said among themselves, and files beside the transcript,
     stay away: the main thread has their results. Raises `SessionMalformed` and `SessionTooLarge`.
     """
     session_id, text = _main_file(session)
+    session_id = new_id or session_id
     lines: list[str] = []
     turns = 0
     stands_for: dict[str, str | None] = {}
@@ -122,6 +124,12 @@ def count_turns(transcript: str) -> int:
 def count_turns_of_session(session: bytes) -> int:
     """The same for what `Agent.session` collected. Raises `SessionMalformed` and `SessionTooLarge`."""
     return count_turns(_main_file(session)[1])
+
+
+def as_session(session_id: str, transcript: str) -> bytes:
+    """A transcript as `Agent.session` would have collected it."""
+    whole = {"session_id": session_id, "files": {f"-session/{session_id}.jsonl": transcript}}
+    return json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def without_costs(session: bytes) -> bytes:

@@ -101,7 +101,7 @@ class StartGiven(InvalidInput):
     """A task that goes on from another one starts where that one ended."""
 
     code = "start_given"
-    remedy = "Leave repository and base_ref out; or leave out continue_task_id."
+    remedy = "Leave repository, base_ref and session out; or leave out continue_task_id."
     field = "repository"
 
 
