@@ -145,7 +145,7 @@ class RemoteOperation(Operation):
         """A task's arguments with nothing in them that only this machine knows; those of a schedule are `within`."""
         given = {**self.credentials, **task}
         name = given.get("repository")
-        if not new and name is None:
+        if name is None and (not new or given.get("continue_task_id")):
             return given  # it stays what it is
         folder = caller.folder or Path.cwd()
         try:

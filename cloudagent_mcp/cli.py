@@ -91,6 +91,12 @@ def task() -> None:
 @task.command()
 @click.argument("prompt")
 @task_options
+@click.option("--continue", "continue_task_id", metavar="TASK", help="Go on from this ended task: branch and talk.")
+@click.option(
+    "--session",
+    metavar="current|ID",
+    help="Take this conversation of your own Claude Code along: the one that you are in, or by its id.",
+)
 @click.option("--idempotency-key", help="Repeating the command with the same key is still one task.")
 @click.option(
     "--send-credentials",
@@ -105,13 +111,21 @@ def create(
     """Submit a task. PROMPT is what the agent should do; - reads it from standard input."""
     if prompt == "-":
         prompt = sys.stdin.read()
+    from cloudagent_mcp.settings import Settings
+
     arguments = given(options)
+    if "session" in arguments:
+        from cloudagent_mcp.session_home import take_along
+
+        environment = Settings.read().environment
+        arguments["session"] = take_along(arguments["session"], directory=Path.cwd(), environment=environment)
     if send_credentials:
         from cloudagent_mcp.operations.credentials import arguments_of
-        from cloudagent_mcp.settings import Settings
 
         arguments |= arguments_of(Settings.read().environment)
     with client() as api:
+        if "continue_task_id" in arguments:
+            arguments["continue_task_id"] = api.resolve(arguments["continue_task_id"])
         created = api.call("submit_task", prompt=prompt, tags=list(tags), **arguments)
         if as_json and not watch:
             click.echo(json.dumps(created))
@@ -256,6 +270,26 @@ def undo(task_id: str, directory: Path | None, as_json: bool) -> None:
     with client() as api:
         done = api.apply(api.resolve(task_id), undo=True, **_directory(directory))
     print_answer(done, as_json, "show_applied")
+
+
+@task.command()
+@task_id
+@directory
+@click.option("--run", is_flag=True, help="Start `claude` with it at once.")
+@as_json
+def resume(task_id: str, directory: Path | None, run: bool, as_json: bool) -> None:
+    """Bring a task's conversation home, to go on with it in Claude Code on this machine."""
+    with client() as api:
+        done = api.resume(api.resolve(task_id), (directory or Path()).absolute())
+    if run and not as_json:
+        import os
+
+        try:
+            os.chdir(done["directory"])
+            os.execvp("claude", ["claude", "--resume", done["session_id"]])
+        except OSError:
+            click.echo("`claude` is not to be found here; type this where it is:", err=True)
+    print_answer(done, as_json, "show_resumed")
 
 
 @task.command()

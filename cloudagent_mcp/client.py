@@ -40,6 +40,10 @@ class Client(Protocol):
         """`apply_task` on this machine, wherever the task is kept."""
         ...
 
+    def resume(self, task_id: str, directory: Path) -> dict[str, Any]:
+        """Put a task's session where this machine's Claude Code finds it. Raises errors under `SessionRefused`."""
+        ...
+
     def resolve(self, prefix: str) -> str:
         """The task whose id begins so. Raises `TaskNotFound` or `AmbiguousId`."""
         ...
@@ -111,6 +115,10 @@ class LocalClient:
     def apply(self, task_id: str, **arguments: Any) -> dict[str, Any]:
         return self.call("apply_task", task_id=task_id, **arguments)
 
+    def resume(self, task_id: str, directory: Path) -> dict[str, Any]:
+        home = self._app.tasks.sessions.bring_home(self._app.local_caller(), task_id, directory)
+        return home.model_dump(mode="json")
+
     def resolve(self, prefix: str) -> str:
         return self._app.store.tasks.resolve(self._app.local_caller().account_id, prefix)
 
@@ -156,6 +164,9 @@ class HttpClient:
     def apply(self, task_id: str, **arguments: Any) -> dict[str, Any]:
         done = self._wait_for(lambda: self._server.apply_task(Path.cwd(), MARKS, task_id=task_id, **arguments))
         return done.model_dump(mode="json")
+
+    def resume(self, task_id: str, directory: Path) -> dict[str, Any]:
+        return self._wait_for(lambda: self._server.resume_task(task_id, directory)).model_dump(mode="json")
 
     def resolve(self, prefix: str) -> str:
         bare = prefix.removeprefix("task_")

@@ -20,9 +20,12 @@ import httpx2
 from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Marked, in_thread
 from cloudagent_mcp.operations.tasks import WAIT_MAX_S, Applied
+from cloudagent_mcp.rest import repr_digest
+from cloudagent_mcp.session_home import SessionHome, bring_home
 from cloudagent_mcp.settings import Settings
 from cloudagent_mcp.untrusted import clean, cut
 from cloudagent_mcp.upload_headers import BASE_HEADER, NOTE_LENGTH, NOTES_HEADER, NOTES_MAX
+from cloudagent_queue.agents.claude import SESSION_MAX
 from cloudagent_queue.repository.bundles import BUNDLE_LIMIT
 from cloudagent_storage import errors
 
@@ -56,6 +59,7 @@ class RemoteServer:
         self._url = (settings.cloudagent_url or "").strip()
         self._key = settings.cloudagent_api_key
         self._state_folder = settings.cloudagent_home / "apply"
+        self._environment = settings.environment
         self._http: httpx2.AsyncClient | None = None
 
     async def __aenter__(self) -> Self:
@@ -132,7 +136,19 @@ class RemoteServer:
                 allow_sensitive=arguments.get("allow_sensitive") or (),
             )
         )
-        return Applied.model_validate({"task_id": task_id, "base_sha": task["base_sha"], **outcome.model_dump()})
+        done = Applied.model_validate({"task_id": task_id, "base_sha": task["base_sha"], **outcome.model_dump()})
+        if done.outcome != "applied":
+            return done
+        try:
+            session = await self._session(task_id)
+        except errors.CloudAgentError as error:
+            return done.model_copy(update={"session_refused": error.code})
+        return await in_thread(lambda: done.with_session(lambda: self._bring_home(session, task_id, folder)))
+
+    async def resume_task(self, task_id: str, directory: Path) -> SessionHome:
+        """A task's session, put where this machine's Claude Code finds it. Raises errors under `SessionRefused`."""
+        session = await self._session(task_id)
+        return await in_thread(lambda: self._bring_home(session, task_id, directory))
 
     async def known_commits(self, commits: Sequence[str]) -> list[str]:
         """Those of the commits that the server has, with their history, from earlier uploads of the same account.
@@ -206,6 +222,25 @@ class RemoteServer:
         except (KeyError, TypeError, AttributeError):
             raise _stranger(response) from None
 
+    def _bring_home(self, session: bytes, task_id: str, directory: Path) -> SessionHome:
+        return bring_home(session, task_id=task_id, directory=directory, environment=self._environment)
+
+    async def _session(self, task_id: str) -> bytes:
+        """As the server collected it, and not a byte else."""
+        if not _ID.fullmatch(task_id):
+            raise errors.TaskNotFound()
+        response = await self._send("GET", f"/tasks/{task_id}/session", within_s=DOWNLOAD_S, limit=SESSION_MAX)
+        if response.is_success and response.headers.get("repr-digest") == repr_digest(response.content):
+            return response.content
+        if response.is_success:
+            raise errors.SessionTampered(
+                "The session did not arrive as the server has it.", remedy="Try again; look at what stands in between."
+            )
+        refused = self._refusal(response)
+        if isinstance(refused, errors.NoRoute):
+            raise errors.ServerOutdated("The cloudagent server is older than this program, and hands out no sessions.")
+        raise refused
+
     async def _bundle(self, task_id: str, kind: Literal["input", "result"]) -> bytes | None:
         response = await self._send(
             "GET", f"/tasks/{task_id}/bundle", params={"kind": kind}, within_s=DOWNLOAD_S, limit=BUNDLE_LIMIT
@@ -257,7 +292,7 @@ class RemoteServer:
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             raise errors.ServerUnreachable() from error
         # Without the headers that tell how it was packed: it is unpacked.
-        kept = {name: response.headers[name] for name in ("content-type",) if name in response.headers}
+        kept = {name: response.headers[name] for name in ("content-type", "repr-digest") if name in response.headers}
         return httpx2.Response(response.status_code, headers=kept, content=bytes(content))
 
     def _refusal(self, response: httpx2.Response) -> errors.CloudAgentError:

@@ -330,6 +330,17 @@ def show_applied(done: dict[str, Any]) -> None:
     console.print(_safe(done["message"]))
     if done.get("backup_ref"):
         console.print(f"[dim]Backup:[/] {done['backup_ref']}")
+    if done.get("resume"):
+        console.print(f"[dim]Go on with its agent:[/] {_safe(done['resume'])}", soft_wrap=True)
+    elif done.get("session_refused"):
+        console.print(f"[dim]Its session did not come along ({done['session_refused']}); `ca task resume` says why.[/]")
+
+
+def show_resumed(home: dict[str, Any]) -> None:
+    """Where a session is, and the line to type."""
+    there = {"placed": "is here now", "extended": "is here, with what was new", "already_here": "was here already"}
+    console.print(f"The session {there[home['outcome']]}: {home['turns']} messages. Go on with it:")
+    console.print(_safe(home["command"]), soft_wrap=True)
 
 
 def show_finding(finding: Finding) -> None:

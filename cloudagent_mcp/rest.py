@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -56,13 +58,14 @@ def make_routes(
     operations: Iterable[Operation],
     caller: Callable[[Request], Caller],
     bundle: Callable[[Caller, str, Any], bytes | None],
+    session: Callable[[Caller, str], bytes],
 ) -> list[Route]:
-    """A route for every operation that has one, and the downloads of a task's bundles.
+    """A route for every operation that has one, and the downloads of a task's bundles and session.
 
     `caller` authenticates, or raises.
     """
     routes = [_route(operation, caller) for operation in operations if operation.marked.path]
-    return [*routes, _bundle_route(caller, bundle)]
+    return [*routes, _bundle_route(caller, bundle), _session_route(caller, session)]
 
 
 def _route(operation: Operation, caller: Callable[[Request], Caller]) -> Route:
@@ -98,6 +101,23 @@ def _bundle_route(caller: Callable[[Request], Caller], bundle: Callable[[Caller,
         return Response(data, media_type="application/x-git-bundle")
 
     return Route("/tasks/{task_id}/bundle", endpoint, methods=["GET"], name="get_task_bundle")
+
+
+def _session_route(caller: Callable[[Request], Caller], session: Callable[[Caller, str], bytes]) -> Route:
+    async def endpoint(request: Request) -> Response:
+        try:
+            who = caller(request)
+            data = await in_thread(lambda: session(who, request.path_params["task_id"]))
+        except CloudAgentError as error:
+            return problem(error)
+        return Response(data, media_type="application/json", headers={"Repr-Digest": repr_digest(data)})
+
+    return Route("/tasks/{task_id}/session", endpoint, methods=["GET"], name="get_task_session")
+
+
+def repr_digest(data: bytes) -> str:
+    """The value of a Repr-Digest header (RFC 9530, section 3)."""
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(data).digest()).decode()}:"
 
 
 def _query(request: Request, operation: Operation) -> dict[str, Any]:

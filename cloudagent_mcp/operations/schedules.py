@@ -63,7 +63,7 @@ class Schedules:
         """`store` and `keyring` are opened when they are first needed; `ring` and `ensure_worker` raise nothing."""
         self._open_store = store
         self._keyring = keyring
-        self._task_arguments = _without(submit_task.arguments, "idempotency_key")
+        self._task_arguments = _without(submit_task.arguments, "idempotency_key", "continue_task_id", "session")
         self._allowed = allowed
         self._credentials = credentials
         self._ring = ring
@@ -234,10 +234,10 @@ class Schedules:
             self._ensure_worker()
 
 
-def _without(model: type[BaseModel], name: str) -> type[BaseModel]:
-    """The same arguments but for one."""
+def _without(model: type[BaseModel], *names: str) -> type[BaseModel]:
+    """The same arguments but for these."""
     fields: dict[str, Any] = {
-        key: (field.annotation, field) for key, field in model.model_fields.items() if key != name
+        key: (field.annotation, field) for key, field in model.model_fields.items() if key not in names
     }
     return create_model(model.__name__, __config__=model.model_config, **fields)
 

@@ -63,6 +63,12 @@ def check_task(asked: Mapping[str, Any], allowed: Allowed, *, own_user: bool) ->
     return TaskSpec.model_validate({**asked, **chosen})
 
 
+def going_on(asked: Mapping[str, Any], earlier: TaskSpec) -> dict[str, Any]:
+    """The arguments for a task that goes on from another one: of what is left out, what stays as it was."""
+    stays = {name: getattr(earlier, name) for name in ("model", "provider", "verify", "setup") if asked[name] is None}
+    return {**asked, **stays, "base_ref": earlier.base_ref, "egress": asked["egress"] or list(earlier.egress)}
+
+
 def title_of(prompt: str, title: str | None = None) -> str:
     """A task's short name: the one that was given, or its prompt's first line."""
     return (title or prompt.strip().splitlines()[0][:80]).strip() or "Untitled"

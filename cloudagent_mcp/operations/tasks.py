@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -16,13 +16,16 @@ from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Caller, in_thread, operation
 from cloudagent_mcp.operations.credentials import Credentials, secret
 from cloudagent_mcp.operations.diffs import Diff, parse_diff
-from cloudagent_mcp.operations.submission import Allowed, check_task, find_source
+from cloudagent_mcp.operations.sessions import Sessions
+from cloudagent_mcp.operations.submission import Allowed, check_task, find_source, going_on
 from cloudagent_mcp.operations.waiting import brief_line, wait_for
+from cloudagent_mcp.session_home import PACKED_MAX, SessionHome
 from cloudagent_queue.agents import open_agent
 from cloudagent_queue.repository import upload_in
-from cloudagent_storage.errors import NoChanges, NotReady, TargetNotAllowed, TaskExpired
+from cloudagent_storage.errors import CloudAgentError, NoChanges, NotReady, StartGiven, TargetNotAllowed, TaskExpired
 from cloudagent_storage.records import (
     Asked,
+    BlobKind,
     EventDraft,
     EventKind,
     Idempotency,
@@ -98,6 +101,17 @@ class Applied(Record):
     message: str
     command: str | None = None
     """The line to type where the working tree is."""
+    resume: str | None = None
+    """The line that goes on there with what the agent and its user said."""
+    session_refused: str | None = None
+    """The code of why that is not possible."""
+
+    def with_session(self, bring_home: Callable[[], SessionHome]) -> Applied:
+        """The same with the task's session brought home. What was applied stays so, whatever becomes of that."""
+        try:
+            return self.model_copy(update={"resume": bring_home().command})
+        except CloudAgentError as error:
+            return self.model_copy(update={"session_refused": error.code})
 
 
 class Tasks:
@@ -125,6 +139,7 @@ class Tasks:
         self._credentials = credentials
         self._running_max = running_max
         self._ring = ring
+        self.sessions = Sessions(store, keyring)
 
     @property
     def _store(self) -> Store:
@@ -174,6 +189,12 @@ class Tasks:
             Literal["low", "normal", "high"],
             Field(description="Before which of your other tasks it starts."),
         ] = "normal",
+        continue_task_id: Annotated[
+            str | None, Field(max_length=200, description="Go on from this ended task: its branch, its talk.")
+        ] = None,
+        session: Annotated[
+            str | None, Field(max_length=PACKED_MAX, description="A conversation to go on with, as `ca` packs it.")
+        ] = None,
         idempotency_key: Annotated[
             str | None,
             Field(min_length=1, max_length=255, description="Repeat the call with the same key: still one task."),
@@ -184,8 +205,8 @@ class Tasks:
         """Hand a coding task to a remote agent that works alone in a sandbox on a copy of a repository.
         Answers at once with a task_id; the task goes on whatever becomes of this call. Then wait with get_task.
 
-        Raises every error under InvalidInput, CredentialMissing and DatabaseUnavailable (StorageFull among them);
-        nothing is kept then.
+        Raises every error under InvalidInput, CredentialMissing and DatabaseUnavailable (StorageFull among them), and,
+        to go on from another task, TaskNotFound, TaskExpired, NotReady and SessionRefused; nothing is kept then.
         """
         asked = {
             "prompt": prompt,
@@ -212,13 +233,28 @@ class Tasks:
             # Without the credentials: the same submit may be repeated with fresh ones. Nor does it matter which upload
             # it is, as it does not matter what is in a folder by then.
             place = "upload" if repository and upload_in(repository) else repository
-            digest = hashlib.sha256(json.dumps(list({**asked, "repository": place}.values())).encode()).hexdigest()
+            said = [*{**asked, "repository": place}.values()]
+            said += [each for each in (continue_task_id, session) if each is not None]
+            digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
             idempotency = Idempotency(key=idempotency_key, digest=digest)
-            if (earlier := self._store.tasks.replay(caller.account_id, idempotency)) is not None:
-                return Submitted.model_validate({**dict(advise(earlier)), "replayed": True})
-        source = find_source(caller, repository, base_ref, self._store.uploads)
-
+            if (before := self._store.tasks.replay(caller.account_id, idempotency)) is not None:
+                return Submitted.model_validate({**dict(advise(before)), "replayed": True})
         task_id = new_id("task")
+        conversation: Mapping[BlobKind, bytes] = {}
+        if continue_task_id is None:
+            source = find_source(caller, repository, base_ref, self._store.uploads)
+            if session is not None:
+                secrets = [*open_agent(spec.agent).secrets(environment), *tokens.values()]
+                carried = self.sessions.taken_along(caller, session, for_task=task_id, secrets=secrets)
+                conversation = {"conversation": carried}
+        else:
+            given = {"repository": repository, "base_ref": base_ref, "session": session}
+            if too_much := [name for name, value in given.items() if value is not None]:
+                raise StartGiven(field=too_much[0])
+            earlier = self.sessions.earlier(caller, continue_task_id, for_task=task_id)
+            spec = check_task(going_on(asked, earlier.spec), self._allowed, own_user=caller.local)
+            source, conversation = earlier.source, earlier.blobs
+
         task = self._store.tasks.add(
             caller.account_id,
             spec.model_copy(update={"repository": source.repository}),
@@ -228,9 +264,10 @@ class Tasks:
             manifests=source.manifests,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
             git_credentials=self._sealed_for_git(task_id, tokens),
-            blobs={"input": source.bundle} if source.bundle is not None else {},
+            blobs={**({"input": source.bundle} if source.bundle is not None else {}), **conversation},
             lines=[EventDraft(kind="status", message="Queued."), *source.warnings],
             idempotency=idempotency,
+            parent_task_id=continue_task_id,
         )
         # Also for a task that another submit with the same key has added meanwhile: its caller may be dead by now.
         self._ring(task.task_id)
@@ -338,9 +375,10 @@ class Tasks:
             manifests=manifests if bundle is not None else None,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=again),
             git_credentials=self._sealed_for_git(again, self._credentials.for_git(caller, None)),
-            blobs={"input": bundle} if bundle is not None else {},
+            blobs={**({"input": bundle} if bundle is not None else {}), **self.sessions.again(caller, task_id, again)},
             lines=[EventDraft(kind="status", message=f"Queued, to try {task_id} once more.")],
             retry_of=task_id,
+            parent_task_id=earlier.parent_task_id,
         )
         self._ring(task.task_id)
         return advise(task)
@@ -438,15 +476,10 @@ class Tasks:
                 dry_run=dry_run,
                 allow_sensitive=allow_sensitive,
             )
-        return Applied(
-            task_id=task_id,
-            outcome=outcome.outcome,
-            files=outcome.files,
-            backup_ref=outcome.backup_ref,
-            branch=outcome.branch,
-            base_sha=task.base_sha,
-            message=outcome.message,
-        )
+        done = Applied.model_validate({"task_id": task_id, "base_sha": task.base_sha, **outcome.model_dump()})
+        if done.outcome != "applied":
+            return done
+        return done.with_session(lambda: self.sessions.bring_home(caller, task_id, folder))
 
     def bundle(self, caller: Caller, task_id: str, kind: Literal["input", "result"]) -> bytes | None:
         """A task's git bundle, for a client that applies it elsewhere. None where `input` has none."""

@@ -117,7 +117,7 @@ class Attempt(Placement):
             self.box, bundle=bundle, base_sha=self.base_sha, branch=self.claim.task.branch, keep_files=self.is_set_up
         )
         self.tasks.update(self.task_id, self.claim.attempt, base_sha=self.base_sha)
-        if (checkpoint := self.kept("checkpoint")) is not None:
+        if (checkpoint := self.kept("checkpoint") or self.start_bundle()) is not None:
             repository.restore(self.box, checkpoint, branch=self.claim.task.branch)
         self.note(f"Repository ready at {self.base_sha[:12]}, branch {self.claim.task.branch}.")
 
@@ -137,13 +137,19 @@ class Attempt(Placement):
         if done.exit_code != 0:
             how = "did not end in time" if done.exit_code is None else f"ended with exit code {done.exit_code}"
             self.end("setup_failed", f"The set-up command {how}.", "Its output is in the log; correct `setup`.")
-        if not self.agent_has_run:  # else some of its work would be in it
+        if not self.agent_has_run and self.start_bundle() is None:  # else an agent's work would be in it
             self.keep_set_up()
 
     def start_agent(self) -> None:
         self.stop_if_cancelled()
+        own = self.kept_session("session")
         self.agent.install(
-            self.box, self.spec, session=self.kept("session"), goes_on=self.agent_has_run, used=self.usage
+            self.box,
+            self.spec,
+            session=own or self.kept_session("conversation"),
+            interrupted=own is not None,
+            goes_on=self.agent_has_run,
+            used=self.usage,
         )
         # Before the start, not after it: an attempt that finds this phase never sets the repository up again.
         self.enter(Phase.AGENT)
@@ -283,7 +289,7 @@ class Attempt(Placement):
         branch = self.claim.task.branch
         self.result = Result(artifacts=Artifacts(branch=branch))
         try:
-            bundle = self.collect() if self.agent_is_here else self.kept(self.left)
+            bundle = self.collect() if self.agent_is_here else self.kept(self.left) or self.start_bundle()
             if bundle is None:
                 self.note("The agent changed no file.")
                 return True
@@ -316,7 +322,7 @@ class Attempt(Placement):
         assert self.base_sha is not None
         self.box.end_processes()
         if (session := self.agent.session(self.box)) is not None:
-            self.keep({"session": self.redactor.data(session)})
+            self.keep({"session": self.sealed(session)})
         message = f"{self.spec.title}\n\nTask {self.task_id}"
         return repository.collect(self.box, base_sha=self.base_sha, branch=self.claim.task.branch, message=message)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Generator, Mapping
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from cloudagent_queue import repository
 from cloudagent_queue.agents import open_agent
@@ -16,6 +16,7 @@ from cloudagent_queue.follow import Ending, read_result
 from cloudagent_queue.lease import Lease
 from cloudagent_queue.redact import Redactor
 from cloudagent_queue.sandboxes import Provider, Sandbox, SandboxSpec
+from cloudagent_queue.seal import seal, unseal
 from cloudagent_queue.worker import Worker
 from cloudagent_storage.errors import (
     CloudAgentError,
@@ -27,6 +28,7 @@ from cloudagent_storage.errors import (
     SandboxGone,
     SandboxUnavailable,
     SandboxUnreachable,
+    SessionRefused,
     StorageFull,
     TemplateNotFound,
     UnknownProvider,
@@ -311,7 +313,7 @@ class Placement:
         session = self.agent.session(self.box)
         blobs: dict[BlobKind, bytes] = {} if bundle is None else {"checkpoint": bundle}
         if session is not None:
-            blobs["session"] = self.redactor.data(session)
+            blobs["session"] = self.sealed(session)
         self.keep(blobs)
         self.note("Kept a checkpoint of the work in progress.", level=Level.DEBUG)
 
@@ -353,6 +355,30 @@ class Placement:
 
     def kept(self, kind: BlobKind) -> bytes | None:
         return self.blobs.get(self.claim.account_id, self.task_id, kind)
+
+    def start_bundle(self) -> bytes | None:
+        """Where the branch stands before its agent has done anything: a result of the task that it goes on from."""
+        return self.kept("start")
+
+    def sealed(self, session: bytes) -> bytes:
+        """What an agent said, without secrets, and marked as this task's."""
+        return seal(
+            self.worker.keyring,
+            self.redactor.data(session),
+            account_id=self.claim.account_id,
+            task_id=self.task_id,
+            attempt=self.claim.attempt,
+        )
+
+    def kept_session(self, kind: Literal["session", "conversation"]) -> bytes | None:
+        """What an agent said before, for the next one. One that nobody here has sealed is left alone."""
+        if (sealed := self.kept(kind)) is None:
+            return None
+        try:
+            return unseal(self.worker.keyring, sealed, account_id=self.claim.account_id, task_id=self.task_id)
+        except SessionRefused as error:
+            self.note(f"The agent starts without the earlier conversation: {error.message}", level=Level.WARNING)
+            return None
 
     def enter(self, phase: Phase) -> None:
         """Say how far the task is. Raises `LeaseLost`, and ends the attempt where a cancel or a drain is waiting."""

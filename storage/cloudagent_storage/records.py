@@ -123,9 +123,10 @@ TaskErrorCode = Literal[
     "internal",
 ]
 
-BlobKind = Literal["input", "checkpoint", "result", "diff", "session"]
-"""`input`, `checkpoint` (of a task that runs) and `result` are git bundles, `diff` is text, `session` is JSON of the
-agent's transcript files."""
+BlobKind = Literal["input", "start", "checkpoint", "result", "diff", "conversation", "session"]
+"""`input`, `checkpoint` (of a task that runs) and `result` are git bundles, `diff` is text, `session` is sealed JSON of
+the agent's transcript files. A task that goes on from another one has that one's result as its `start`, and its session
+as the `conversation`."""
 
 OnInterrupt = Literal["resume", "restart", "fail"]
 """What becomes of a task whose sandbox dies: it goes on from its last checkpoint, starts again, or fails."""

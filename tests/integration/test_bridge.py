@@ -72,6 +72,18 @@ async def test_a_task_is_the_servers_and_its_accounts_alone(user: dict[str, str]
         assert refusal(await operator.call_tool("get_task", {"task_id": task["task_id"]}))["code"] == "task_not_found"
 
 
+async def test_a_task_that_goes_on_from_another_is_not_given_the_folders_repository(
+    user: dict[str, str], repo: Path
+) -> None:
+    (repo / "notes.txt").write_text("not pushed\n")  # for which a task of this folder's would be refused
+    async with stdio(user, repo) as client:
+        task = structured(await client.call_tool("submit_task", {"prompt": "x", "repository": "none"}))
+        follow_up = {"prompt": "y", "continue_task_id": task["task_id"]}
+        assert refusal(await client.call_tool("submit_task", follow_up))["code"] == "not_ready"
+        assert structured(await client.call_tool("cancel_task", {"task_id": task["task_id"]}))["changed"]
+        assert refusal(await client.call_tool("submit_task", follow_up))["code"] == "no_session"
+
+
 async def test_a_task_is_delegated_read_as_a_resource_completed_and_not_followed(
     user: dict[str, str], world: World, repo: Path
 ) -> None:

@@ -21,9 +21,11 @@ from mcp.types import CallToolResult
 from cloudagent_mcp import remote_server
 from cloudagent_mcp.bridge import Bridge
 from cloudagent_mcp.operations import Caller
+from cloudagent_mcp.rest import repr_digest
 from cloudagent_mcp.server import mcp_server
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage.errors import CloudAgentError
+from tests.support.sessions import session
 
 pytestmark = pytest.mark.anyio
 
@@ -218,3 +220,33 @@ async def test_a_submit_that_may_have_arrived_is_not_to_be_repeated_blindly(
         await bridge.server.close()
     assert caught.value.code == "server_unreachable"
     assert ("list_tasks before you repeat it" in caught.value.remedy) == told
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (http("200 OK", session().decode(), f"Repr-Digest: {repr_digest(session())}"), None),
+        (http("200 OK", session().decode(), f"Repr-Digest: {repr_digest(b'else')}"), "session_tampered"),
+        (http("200 OK", session().decode()), "session_tampered"),
+        (http("200 OK", "{}", f"Repr-Digest: {repr_digest(b'{}')}"), "session_malformed"),
+        (http("404 Not Found", '{"code":"no_route","detail":"x","remedy":"x","field":null}'), "server_outdated"),
+        (http("409 Conflict", '{"code":"no_session","detail":"x","remedy":"x","field":null}'), "no_session"),
+    ],
+)
+async def test_a_session_that_does_not_arrive_as_it_was_sent_is_not_brought_home(
+    tmp_path: Path, reply: bytes, code: str | None
+) -> None:
+    with answering(reply) as (port, _):
+        settings = {
+            "HOME": str(tmp_path),
+            "CLOUDAGENT_HOME": str(tmp_path),
+            "CLOUDAGENT_URL": f"http://127.0.0.1:{port}",
+        }
+        async with remote_server.RemoteServer(Settings.read(settings)) as server:
+            if code is None:
+                assert (await server.resume_task("task_x", tmp_path)).turns == 4
+                return
+            with pytest.raises(CloudAgentError) as refused:
+                await server.resume_task("task_x", tmp_path)
+    assert refused.value.code == code
+    assert not list(tmp_path.rglob("*.jsonl"))

@@ -47,13 +47,15 @@ class Agent(Protocol):
         spec: TaskSpec,
         *,
         session: bytes | None = None,
+        interrupted: bool = False,
         goes_on: bool = False,
         used: Usage = UNUSED,
     ) -> None:
         """Put the runner and its request.json into the sandbox.
 
         `goes_on` says that an agent has worked on this task in an earlier sandbox; what is left of its work is in the
-        repository. `session` is what it has said, as `session` answered, and `used` what it has cost.
+        repository. `session` is what was said, as `session` answered, and `used` what it has cost. The task's own agent
+        has said it where it was `interrupted`; else an earlier task's, and this task's prompt is the next word.
         """
         ...
 

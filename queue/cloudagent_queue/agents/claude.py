@@ -162,10 +162,14 @@ class Claude:
         spec: TaskSpec,
         *,
         session: bytes | None = None,
+        interrupted: bool = False,
         goes_on: bool = False,
         used: Usage = UNUSED,
     ) -> None:
-        """Put runner.py and its request.json in place, and the conversation that is to go on."""
+        """Put runner.py and its request.json in place, and the conversation that is to go on.
+
+        It was `interrupted` where the prompt is in it already; else it goes on with the prompt.
+        """
         sandbox.write(RUNNER, (Path(__file__).parents[1] / "runner.py").read_bytes())
         request: dict[str, Any] = {
             "prompt": f"{spec.prompt}\n\n{BEGUN}" if goes_on else spec.prompt,
@@ -178,10 +182,11 @@ class Claude:
             "system_append": INSTRUCTIONS,
         }
         if session is not None:
-            # Claude Code counts all but the turns over a session's whole life, so they go on where they stopped.
-            request |= {"prompt": INTERRUPTED, "resume": json.loads(session)["session_id"]}
-            request["used"] = {"turns": used.turns}
+            request["resume"] = json.loads(session)["session_id"]
             sandbox.write(EARLIER_SESSION, session)
+        if session is not None and interrupted:
+            # Claude Code counts all but the turns over a session's whole life, so they go on where they stopped.
+            request |= {"prompt": INTERRUPTED, "used": {"turns": used.turns}}
         elif spec.max_budget_usd is not None:
             request["max_budget_usd"] = max(LEAST_USD, spec.max_budget_usd - used.cost_usd)
         sandbox.write(f"{RUN_FOLDER}/request.json", json.dumps(request).encode())

@@ -14,7 +14,7 @@ bundles.py       a bundle's header, and the quarantine in which a hostile one is
 """
 
 from cloudagent_queue.repository.address import check_address, check_ref, is_remote, upload_in
-from cloudagent_queue.repository.bundles import ChangedFile, Changes, Quarantine, inspect
+from cloudagent_queue.repository.bundles import ChangedFile, Changes, Quarantine, inspect, with_ref
 from cloudagent_queue.repository.config import RepositoryConfig, read_config
 from cloudagent_queue.repository.manifests import setup_key
 from cloudagent_queue.repository.pushed import Pushed, find_pushed
@@ -55,4 +55,5 @@ __all__ = [
     "upload_in",
     "verify",
     "warnings_of",
+    "with_ref",
 ]

@@ -66,6 +66,18 @@ def read_header(bundle: bytes) -> Header:
     return Header(object_format, tuple(prerequisites), tuple(refs), len(head) + 2)
 
 
+def with_ref(bundle: bytes, branch: str) -> bytes:
+    """A result's bundle as another task's, on that one's branch. Raises `UnsafeChange` for one that is no result."""
+    try:
+        header = read_header(bundle)
+        ((head, ref),) = header.refs
+        lines = bundle[: header.pack_at].decode("ascii").split("\n")
+    except ValueError as error:
+        raise UnsafeChange("The result is no well-formed git bundle.") from error
+    renamed = [f"{head} refs/heads/{branch}" if line == f"{head} {ref}" else line for line in lines]
+    return "\n".join(renamed).encode() + bundle[header.pack_at :]
+
+
 @functools.cache
 def empty_repository() -> tuple[bytes, str]:
     """The bundle that `repository: none` stands for, and its one commit, without a file; always the same."""

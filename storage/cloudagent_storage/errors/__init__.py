@@ -5,7 +5,7 @@
     + UnknownArgument, MissingArgument, WrongType, OutOfRange
     + InvalidCharacter, InvalidUnicode, InvalidCursor, InvalidJson
     + PromptEmpty, PromptTooLong
-    + UnknownProvider, IdempotencyMismatch
+    + UnknownProvider, IdempotencyMismatch, StartGiven
     + InvalidEgress, EgressNotAllowed
     + schedule
       - InvalidCron, NeverFires, TooFrequent, UnknownTimezone
@@ -20,6 +20,9 @@
     + TaskExpired
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
     + LimitReached
+    + SessionRefused              a conversation is not brought home
+      - NoSession, SessionTampered, SessionForeign, SessionTooLarge, SessionMalformed
+      - SessionDiverged, SessionPlaceUnsafe
   x CredentialMissing
   x Unauthorized, Forbidden, ForbiddenHost
   x Unavailable                 something we depend on does not answer
@@ -45,3 +48,4 @@ from .failure import *
 from .input import *
 from .refusal import *
 from .root import *
+from .session import *

@@ -97,6 +97,14 @@ class IdempotencyMismatch(InvalidInput):
     field = "idempotency_key"
 
 
+class StartGiven(InvalidInput):
+    """A task that goes on from another one starts where that one ended."""
+
+    code = "start_given"
+    remedy = "Leave repository, base_ref and session out; or leave out continue_task_id."
+    field = "repository"
+
+
 class InvalidEgress(InvalidInput):
     """That is no host that can be listed."""
 

@@ -102,6 +102,7 @@ class Tasks:
         lines: Sequence[EventDraft] = (),
         idempotency: Idempotency | None = None,
         retry_of: str | None = None,
+        parent_task_id: str | None = None,
         schedule_id: str | None = None,
     ) -> Task:
         """Keep a new task, with all that belongs to it, in one step.
@@ -134,6 +135,7 @@ class Tasks:
                 created_at=self._db.now_in_list(account_id),
                 waits_since=self._db.later(-spec.priority.head_start_s),
                 retry_of=retry_of,
+                parent_task_id=parent_task_id,
                 last_seq=len(lines),
                 idempotency_key=None if idempotency is None else idempotency.key,
                 arguments_digest=None if idempotency is None else idempotency.digest,
