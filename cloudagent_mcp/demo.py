@@ -116,6 +116,7 @@ def demo(settings: Settings, *, unsafe_process: bool, keep: bool) -> int:
         _make_repository(repository, settings)
         stack.callback(_stop_worker, home)
         env = {**settings.git_environment, **credential, "CLOUDAGENT_HOME": str(home), "SANDBOX_PROVIDER": provider}
+        env["CLAUDE_CONFIG_DIR"] = str(folder / "claude")  # its session comes home to there
         server = StdioServerParameters(
             command=sys.executable, args=["-m", "cloudagent_mcp", "mcp"], env=env, cwd=repository
         )

@@ -336,8 +336,8 @@ MUTANTS = (
     Mutant(
         "a_new_sandbox_starts_from_nothing",
         f"{QUEUE}/attempt.py",
-        'if (checkpoint := self.kept("checkpoint")) is not None:',
-        'if (checkpoint := self.kept("checkpoint")) is not None and False:',
+        'if (checkpoint := self.kept("checkpoint") or',
+        'if (checkpoint := None and self.kept("checkpoint") or',
         (f"{SANDBOXES}::test_a_task_whose_sandbox_dies_goes_on_in_another_from_its_last_checkpoint[sqlite]",),
     ),
     Mutant(
