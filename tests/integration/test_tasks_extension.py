@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import anyio
@@ -22,6 +22,7 @@ from cloudagent_mcp.api_keys import create_key
 from cloudagent_mcp.server import mcp_server
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage.records import Question, TaskError, TaskStatus
+from cloudagent_storage.store import Store
 from tests.support.installation import ADMIN_KEY, Installation
 from tests.support.stored import ask as ask_as
 from tests.support.stored import claimed
@@ -325,26 +326,33 @@ async def test_the_progress_of_a_long_delegate_only_grows(world: World, monkeypa
     assert told == sorted(set(told))
 
 
+async def delegated(client: Client, store: Store, then: Callable[[str, int], object]) -> CallToolResult:
+    """The answer of a delegate whose task is claimed, and then has this happen to it: its id and attempt are told."""
+    results: list[CallToolResult] = []
+
+    async def call() -> None:
+        results.append(await client.call_tool("delegate", ASKED))
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            group.start_soon(call)
+            task_id = await anyio.to_thread.run_sync(lambda: until(lambda: store.tasks.due(waited_s=0), "queued")[0])
+            then(task_id, claimed(store, task_id).attempt)
+    return results[0]
+
+
 @pytest.mark.parametrize("status", [TaskStatus.FAILED, TaskStatus.COMPLETED])
 async def test_delegate_says_as_an_error_that_the_agent_failed(world: World, status: TaskStatus) -> None:
     app = world.app()
     async with Client(mcp_server(app, remote=False)) as client:
-        results: list[CallToolResult] = []
 
-        async def call() -> None:
-            results.append(await client.call_tool("delegate", ASKED))
+        def end(task_id: str, attempt: int) -> None:
+            error = FAILED if status is TaskStatus.FAILED else None
+            app.store.tasks.finish(task_id, attempt, status=status, error=error)
 
-        with anyio.fail_after(30):
-            async with anyio.create_task_group() as group:
-                group.start_soon(call)
-                task_id = await anyio.to_thread.run_sync(
-                    lambda: until(lambda: app.store.tasks.due(waited_s=0), "queued")[0]
-                )
-                attempt = claimed(app.store, task_id).attempt
-                error = FAILED if status is TaskStatus.FAILED else None
-                app.store.tasks.finish(task_id, attempt, status=status, error=error)
-        assert results[0].is_error is (status is TaskStatus.FAILED)
-        assert cast("dict[str, Any]", results[0].structured_content)["status"] == status
+        result = await delegated(client, app.store, end)
+        assert result.is_error is (status is TaskStatus.FAILED)
+        assert cast("dict[str, Any]", result.structured_content)["status"] == status
 
 
 async def test_a_delegate_that_is_cut_loses_nothing(installation: Installation) -> None:
@@ -375,17 +383,8 @@ async def test_a_delegate_that_nears_the_clients_limit_says_how_to_go_on(
 async def test_a_delegate_ends_when_the_agent_asks(world: World) -> None:
     app = world.app()
     async with Client(mcp_server(app, remote=False)) as client:
-        results: list[CallToolResult] = []
-
-        async def call() -> None:
-            results.append(await client.call_tool("delegate", ASKED))
-
-        with anyio.fail_after(30):
-            async with anyio.create_task_group() as group:
-                group.start_soon(call)
-                task_id = await anyio.to_thread.run_sync(
-                    lambda: until(lambda: app.store.tasks.due(waited_s=0), "queued")[0]
-                )
-                ask_as(app.store, task_id, claimed(app.store, task_id).attempt, "Which?")
-        task = cast("dict[str, Any]", results[0].structured_content)
+        result = await delegated(
+            client, app.store, lambda task_id, attempt: ask_as(app.store, task_id, attempt, "Which?")
+        )
+        task = cast("dict[str, Any]", result.structured_content)
         assert task["status"] == "waiting" and task["question"] == "Which?" and "send_message" in task["next_action"]
