@@ -17,7 +17,9 @@ from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.credentials import Credentials
 from cloudagent_mcp.operations.delegation import Delegation
 from cloudagent_mcp.operations.messages import Messages
+from cloudagent_mcp.operations.results import Results
 from cloudagent_mcp.operations.schedules import Schedules
+from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.submission import Allowed
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.settings import Settings
@@ -98,12 +100,20 @@ class App:
         return Tasks(
             lambda: self.store,
             lambda: self.settings.keyring,
+            self.sessions,
             allowed=self.allowed,
-            state_folder=self.settings.cloudagent_home / "apply",
             credentials=self.credentials,
             running_max=self.settings.account_running_max,
             ring=self.ring,
         )
+
+    @cached_property
+    def sessions(self) -> Sessions:
+        return Sessions(lambda: self.store, lambda: self.settings.keyring)
+
+    @cached_property
+    def results(self) -> Results:
+        return Results(lambda: self.store, self.sessions, state_folder=self.settings.cloudagent_home / "apply")
 
     @cached_property
     def schedules(self) -> Schedules:
@@ -122,7 +132,7 @@ class App:
         tasks = operations_of(self.tasks)
         delegation = Delegation(tasks["submit_task"], tasks["get_task"])
         messages, backlog = Messages(lambda: self.store), Backlog(lambda: self.store)
-        return {**tasks, **operations_of(delegation, messages, self.schedules, backlog)}
+        return {**tasks, **operations_of(self.results, delegation, messages, self.schedules, backlog)}
 
     def local_caller(self) -> Caller:
         """The user of this machine, working in the current folder."""

@@ -13,6 +13,8 @@ import click
 if TYPE_CHECKING:
     from cloudagent_mcp.client import Client
 
+EXIT_FAILED = 1
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print what REST answers, as one JSON document.")
 
 

@@ -15,6 +15,7 @@ from cloudagent_mcp.hand_over import for_server
 from cloudagent_mcp.operations import marks_of
 from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.messages import Messages
+from cloudagent_mcp.operations.results import Results
 from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.remote_server import RemoteServer
@@ -22,7 +23,7 @@ from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
 from cloudagent_storage.records import ID_LENGTH
 
-MARKS = marks_of(Tasks, Messages, Schedules, Backlog)
+MARKS = marks_of(Tasks, Results, Messages, Schedules, Backlog)
 PAGES_SEARCHED = 10
 T = TypeVar("T")
 Told = Callable[[float, float, str], None]
@@ -116,7 +117,7 @@ class LocalClient:
         return self.call("apply_task", task_id=task_id, **arguments)
 
     def resume(self, task_id: str, directory: Path) -> dict[str, Any]:
-        home = self._app.tasks.sessions.bring_home(self._app.local_caller(), task_id, directory)
+        home = self._app.sessions.bring_home(self._app.local_caller(), task_id, directory)
         return home.model_dump(mode="json")
 
     def resolve(self, prefix: str) -> str:

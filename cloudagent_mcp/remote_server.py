@@ -19,7 +19,8 @@ import httpx2
 
 from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Marked, in_thread
-from cloudagent_mcp.operations.tasks import WAIT_MAX_S, Applied
+from cloudagent_mcp.operations.results import Applied
+from cloudagent_mcp.operations.tasks import WAIT_MAX_S
 from cloudagent_mcp.rest import repr_digest
 from cloudagent_mcp.session_home import SessionHome, bring_home
 from cloudagent_mcp.settings import Settings

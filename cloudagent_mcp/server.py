@@ -126,7 +126,7 @@ def http_app(app: App, *, key: str, host: str, port: int) -> Starlette:
         health.close()
 
     health, uploads = Health(app), Uploads(lambda: app.store)
-    routes = make_routes(app.operations.values(), caller, app.tasks.bundle, app.tasks.sessions.session)
+    routes = make_routes(app.operations.values(), caller, app.results.bundle, app.sessions.session)
 
     async def unknown(_: Request, __: Exception) -> Response:
         return problem(NoRoute())

@@ -16,7 +16,7 @@ from mcp.types import CallToolResult, InputRequiredResult, TextContent, ToolAnno
 from pydantic import Field, TypeAdapter
 
 from cloudagent_mcp.elicitation import Asking, asking
-from cloudagent_mcp.operations import Caller, Operation, plain_schema
+from cloudagent_mcp.operations import Caller, Marked, Operation, plain_schema
 from cloudagent_mcp.operations.delegation import Delegated
 from cloudagent_mcp.operations.diffs import Diff
 from cloudagent_mcp.operations.messages import QuestionList
@@ -112,15 +112,22 @@ def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller], a
         fn_metadata=func_metadata(stand_in),
         is_async=True,
         context_kwarg=None,
-        annotations=ToolAnnotations(
-            read_only_hint=marked.read_only,
-            destructive_hint=marked.destructive,
-            idempotent_hint=marked.idempotent,
-            open_world_hint=marked.open_world,
-        ),
+        annotations=_annotations(marked),
         operation=operation,
         caller=caller,
         asking=asking,
+    )
+
+
+def _annotations(marked: Marked) -> ToolAnnotations:
+    """What is so by default is left out, but for whether it reads, writes or destroys; of what only reads, neither
+    of the last two has a meaning."""
+    if marked.read_only:
+        return ToolAnnotations(read_only_hint=True, open_world_hint=marked.open_world)
+    return ToolAnnotations(
+        destructive_hint=marked.destructive,
+        idempotent_hint=marked.idempotent or None,
+        open_world_hint=None if marked.open_world else False,
     )
 
 

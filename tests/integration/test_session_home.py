@@ -122,7 +122,7 @@ def test_only_what_was_sealed_here_for_this_task_is_handed_out(
 def test_the_session_of_one_task_is_not_anothers_and_an_earlier_key_still_opens_it(app: App) -> None:
     mine = sealed_by(app.settings.keyring, OTHER)
     with pytest.raises(SessionForeign):
-        app.tasks.sessions.session(app.local_caller(), ended(app, kept=mine))
+        app.sessions.session(app.local_caller(), ended(app, kept=mine))
     old, new = generate_key(), generate_key()
     sealed = seal(Keyring([old]), b"x", account_id="a", task_id=TASK, attempt=1)
     assert unseal(Keyring([new, old]), sealed, account_id="a", task_id=TASK) == b"x"
@@ -213,7 +213,7 @@ def test_what_is_taken_along_is_what_was_said_as_a_session_of_its_own_and_withou
         with pytest.raises(NoSession):
             take_along(name, **elsewhere)
     caller = app.local_caller()
-    sealed = app.tasks.sessions.taken_along(caller, sent, for_task=TASK, secrets=[key])
+    sealed = app.sessions.taken_along(caller, sent, for_task=TASK, secrets=[key])
     kept = unseal(app.settings.keyring, sealed, account_id=LOCAL_ACCOUNT, task_id=TASK)
     assert key.encode() not in kept and SESSION_ID.encode() not in kept
     assert count_turns_of_session(kept) == 5

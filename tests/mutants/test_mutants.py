@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from tests.mutants.mutant import Mutant
 from tests.mutants.run import ROOT, CannotTell, try_all
-from tests.mutants.table import MUTANTS, Mutant
+from tests.mutants.table import MUTANTS
 
 SEEN = ("tests/contracts/test_store_tasks.py::test_an_account_is_made_once[sqlite]",)
 ACCOUNTS = "storage/cloudagent_storage/store/accounts.py"

@@ -1,0 +1,287 @@
+"""`ca task`: tasks, for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cloudagent_mcp.cli_shared import EXIT_FAILED, as_json, client, given, print_answer, task_options
+
+if TYPE_CHECKING:
+    from cloudagent_mcp.client import Client
+
+task_id = click.argument("task_id", metavar="TASK")
+
+
+@click.group()
+def task() -> None:
+    """Create, watch and apply tasks. A task is named by its id, or by any beginning of it that is unique."""
+
+
+@task.command()
+@click.argument("prompt")
+@task_options
+@click.option("--continue", "continue_task_id", metavar="TASK", help="Go on from this ended task: branch and talk.")
+@click.option(
+    "--session",
+    metavar="current|ID",
+    help="Take this conversation of your own Claude Code along: the one that you are in, or by its id.",
+)
+@click.option("--idempotency-key", help="Repeating the command with the same key is still one task.")
+@click.option(
+    "--send-credentials",
+    is_flag=True,
+    help="Give the server that CLOUDAGENT_URL names your environment's ANTHROPIC_API_KEY and GH_TOKEN or GITHUB_TOKEN.",
+)
+@click.option("--watch", is_flag=True, help="Then watch it to its end.")
+@as_json
+def create(
+    prompt: str, tags: tuple[str, ...], send_credentials: bool, watch: bool, as_json: bool, **options: Any
+) -> None:
+    """Submit a task. PROMPT is what the agent should do; - reads it from standard input."""
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    from cloudagent_mcp.settings import Settings
+
+    arguments = given(options)
+    if "session" in arguments:
+        from cloudagent_mcp.session_home import take_along
+
+        environment = Settings.read().environment
+        arguments["session"] = take_along(arguments["session"], directory=Path.cwd(), environment=environment)
+    if send_credentials:
+        from cloudagent_mcp.operations.credentials import arguments_of
+
+        arguments |= arguments_of(Settings.read().environment)
+    with client() as api:
+        if "continue_task_id" in arguments:
+            arguments["continue_task_id"] = api.resolve(arguments["continue_task_id"])
+        created = api.call("submit_task", prompt=prompt, tags=list(tags), **arguments)
+        if as_json and not watch:
+            click.echo(json.dumps(created))
+            return
+        if not as_json:
+            from cloudagent_mcp.render import show_created
+
+            show_created(created, hint=not watch)
+        if watch:
+            sys.exit(_watch(api, created["task_id"], as_json))
+
+
+@task.command("list")
+@click.option("--status", type=click.Choice(["queued", "running", "waiting", "completed", "failed", "cancelled"]))
+@click.option("--repository")
+@click.option("--tag")
+@click.option("--schedule", "schedule_id", help="Only those that this schedule submitted.")
+@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
+@click.option("--cursor", help="next_cursor of the list before.")
+@as_json
+def list_tasks(as_json: bool, **options: Any) -> None:
+    """List tasks, newest first."""
+    with client() as api:
+        if options["schedule_id"]:
+            from cloudagent_mcp.client import resolve_schedule
+
+            options["schedule_id"] = resolve_schedule(api, options["schedule_id"])
+        page = api.call("list_tasks", **given(options))
+    print_answer(page, as_json, "show_list")
+
+
+@task.command()
+@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
+@as_json
+def show(task_ids: tuple[str, ...], as_json: bool) -> None:
+    """Show tasks: status, result, cost, last log lines."""
+    with client() as api:
+        tasks = [api.call("get_task", task_id=api.resolve(name)) for name in task_ids]
+    if as_json:
+        click.echo(json.dumps(tasks[0] if len(tasks) == 1 else tasks))
+        return
+    for found in tasks:
+        print_answer(found, False, "show_task")
+
+
+@task.command()
+@task_id
+@click.option("--after", type=click.IntRange(0), default=0, help="Show what follows this line.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many lines.")
+@click.option("--level", type=click.Choice(["debug", "info", "warning", "error"]), help="The lowest level to show.")
+@click.option("--kind", "kinds", multiple=True, help="Only this kind; may be given several times.")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the task ends.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
+def logs(
+    task_id: str, after: int, limit: int | None, level: str | None, kinds: tuple[str, ...], follow: bool, as_json: bool
+) -> None:
+    """Show a task's log."""
+    from cloudagent_mcp.client import log_lines
+    from cloudagent_mcp.render import show_line
+
+    with client() as api:
+        name = api.resolve(task_id)
+        for count, line in enumerate(log_lines(api, name, after=after, level=level, kinds=kinds, follow=follow), 1):
+            if as_json:
+                click.echo(json.dumps(line))
+            else:
+                show_line(line)
+            if count == limit:
+                return
+
+
+@task.command()
+@task_id
+@as_json
+def watch(task_id: str, as_json: bool) -> None:
+    """Watch a task to its end. Ctrl-C stops the watching, not the task."""
+    with client() as api:
+        sys.exit(_watch(api, api.resolve(task_id), as_json))
+
+
+@task.command()
+@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
+@click.option("--any", "any_", is_flag=True, help="Until one of them has ended, not all.")
+@click.option("--timeout", type=click.FloatRange(0), help="Seconds; then exit with 1.")
+@as_json
+def wait(task_ids: tuple[str, ...], any_: bool, timeout: float | None, as_json: bool) -> None:
+    """Wait until tasks have ended. Exit 0 when all that ended completed and no verdict failed."""
+    import time
+
+    with client() as api:
+        names = [api.resolve(name) for name in task_ids]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = 50.0 if deadline is None else max(0.0, min(50.0, deadline - time.monotonic()))
+            found = api.call("wait_tasks", task_ids=names, mode="any" if any_ else "all", timeout_seconds=left)
+            if found["finished"] or (deadline is not None and time.monotonic() >= deadline):
+                break
+    print_answer(found, as_json, "show_list")
+    ended = [task for task in found["tasks"] if task["completed_at"]]
+    sys.exit(max((exit_code(task) for task in ended), default=0) if found["finished"] else EXIT_FAILED)
+
+
+@task.command()
+@task_id
+@click.option("--path", help="Only this file, or this folder.")
+@click.option("--stat", "stat_only", is_flag=True, help="Only the list of files.")
+@as_json
+def diff(task_id: str, path: str | None, stat_only: bool, as_json: bool) -> None:
+    """Show what a task changed. In a pipe it is a patch."""
+    with client() as api:
+        found = api.call("get_task_diff", task_id=api.resolve(task_id), path=path, stat_only=stat_only)
+    print_answer(found, as_json, "show_diff")
+
+
+directory = click.option(
+    "--directory", type=click.Path(path_type=Path), help="The working tree. Default: where you are."
+)
+
+
+@task.command("apply")
+@task_id
+@directory
+@click.option("--dry-run", is_flag=True, help="Only say what would be written.")
+@click.option("--allow-sensitive", multiple=True, metavar="FILE", help="A file that can make a machine execute things.")
+@as_json
+def apply_(
+    task_id: str, directory: Path | None, dry_run: bool, allow_sensitive: tuple[str, ...], as_json: bool
+) -> None:
+    """Write a task's changes into a working tree: all or nothing, with a backup."""
+    with client() as api:
+        arguments = {"dry_run": dry_run, "allow_sensitive": list(allow_sensitive)}
+        done = api.apply(api.resolve(task_id), **arguments, **_directory(directory))
+    print_answer(done, as_json, "show_applied")
+
+
+@task.command()
+@task_id
+@directory
+@as_json
+def undo(task_id: str, directory: Path | None, as_json: bool) -> None:
+    """Take an applied result back, exactly."""
+    with client() as api:
+        done = api.apply(api.resolve(task_id), undo=True, **_directory(directory))
+    print_answer(done, as_json, "show_applied")
+
+
+@task.command()
+@task_id
+@directory
+@click.option("--run", is_flag=True, help="Start `claude` with it at once.")
+@as_json
+def resume(task_id: str, directory: Path | None, run: bool, as_json: bool) -> None:
+    """Bring a task's conversation home, to go on with it in Claude Code on this machine."""
+    with client() as api:
+        done = api.resume(api.resolve(task_id), (directory or Path()).absolute())
+    if run and not as_json:
+        import os
+
+        try:
+            os.chdir(done["directory"])
+            os.execvp("claude", ["claude", "--resume", done["session_id"]])
+        except OSError:
+            click.echo("`claude` is not to be found here; type this where it is:", err=True)
+    print_answer(done, as_json, "show_resumed")
+
+
+@task.command()
+@task_id
+@click.argument("message")
+@click.option("--question", "question_id", metavar="ID", help="Only as the answer to this question: safe to repeat.")
+@as_json
+def send(task_id: str, message: str, question_id: str | None, as_json: bool) -> None:
+    """Answer a task's question, or tell its agent something. MESSAGE - is read from standard input."""
+    if message == "-":
+        message = sys.stdin.read()
+    with client() as api:
+        told = api.call("send_message", task_id=api.resolve(task_id), message=message, question_id=question_id)
+    print_answer(told, as_json, "show_sent")
+
+
+@task.command()
+@as_json
+def questions(as_json: bool) -> None:
+    """List what the agents of waiting tasks ask you."""
+    with client() as api:
+        print_answer(api.call("list_pending_questions"), as_json, "show_questions")
+
+
+@task.command()
+@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
+@as_json
+def cancel(task_ids: tuple[str, ...], as_json: bool) -> None:
+    """Stop tasks. What their agents did until then is saved."""
+    with client() as api:
+        tasks = [api.call("cancel_task", task_id=api.resolve(name)) for name in task_ids]
+    if as_json:
+        click.echo(json.dumps(tasks[0] if len(tasks) == 1 else tasks))
+        return
+    for found in tasks:
+        print_answer(found, False, "show_cancelled")
+
+
+@task.command()
+@task_id
+@as_json
+def retry(task_id: str, as_json: bool) -> None:
+    """Try a task that has ended once more, as a new task."""
+    with client() as api:
+        created = api.call("retry_task", task_id=api.resolve(task_id))
+    print_answer(created, as_json, "show_created")
+
+
+def exit_code(task: dict[str, Any]) -> int:
+    """0 when a task has completed and its verdict is not failed."""
+    return 0 if task["status"] == "completed" and task["verdict"] != "failed" else EXIT_FAILED
+
+
+def _watch(api: Client, name: str, as_json: bool) -> int:
+    from cloudagent_mcp.render import watch
+
+    return exit_code(watch(api, name, as_json))
+
+
+def _directory(directory: Path | None) -> dict[str, str]:
+    return {} if directory is None else {"directory": str(directory.absolute())}

@@ -1,0 +1,160 @@
+"""What tasks have brought back: looked at, and written where their users work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from cloudagent_mcp import apply
+from cloudagent_mcp.operations import Caller, operation
+from cloudagent_mcp.operations.diffs import Diff, parse_diff
+from cloudagent_mcp.operations.sessions import Sessions
+from cloudagent_mcp.operations.tasks import TaskId
+from cloudagent_mcp.session_home import SessionHome
+from cloudagent_storage.errors import CloudAgentError, NoChanges, NotReady, TargetNotAllowed, TaskExpired
+from cloudagent_storage.records import Record, Task
+
+if TYPE_CHECKING:
+    from cloudagent_storage.store import Store
+
+
+class Applied(Record):
+    """What `apply_task` did, or would do, or how to do it where the working tree is."""
+
+    task_id: str
+    outcome: Literal["applied", "would_apply", "undone", "instructions"]
+    files: tuple[apply.AppliedFile, ...] = ()
+    backup_ref: str | None = None
+    branch: str | None = None
+    base_sha: str | None = None
+    message: str
+    command: str | None = None
+    """The line to type where the working tree is."""
+    resume: str | None = None
+    """The line that goes on there with what the agent and its user said."""
+    session_refused: str | None = None
+    """The code of why that is not possible."""
+
+    def with_session(self, bring_home: Callable[[], SessionHome]) -> Applied:
+        """The same with the task's session brought home. What was applied stays so, whatever becomes of that."""
+        try:
+            return self.model_copy(update={"resume": bring_home().command})
+        except CloudAgentError as error:
+            return self.model_copy(update={"session_refused": error.code})
+
+
+class Results:
+    """Read results, and bring them home."""
+
+    def __init__(self, store: Callable[[], Store], sessions: Sessions, *, state_folder: Path) -> None:
+        """`store` is opened when it is first needed. `state_folder` keeps what taking a result back needs."""
+        self._open_store = store
+        self._sessions = sessions
+        self._state_folder = state_folder
+
+    @property
+    def _store(self) -> Store:
+        return self._open_store()
+
+    @operation("GET", "/tasks/{task_id}/diff", title="Read a task's diff", read_only=True, idempotent=True)
+    def get_task_diff(
+        self,
+        caller: Caller,
+        *,
+        task_id: TaskId,
+        path: Annotated[str | None, Field(max_length=4096, description="Only this file, or this folder.")] = None,
+        stat_only: Annotated[bool, Field(description="Only the list of files.")] = False,
+    ) -> Diff:
+        """What a task changed, as a unified diff with its list of files. Also of a failed or cancelled task."""
+        task = self._store.tasks.get(caller.account_id, task_id)
+        text = self._store.blobs.get(caller.account_id, task_id, "diff")
+        if text is None:
+            if not task.status.terminal:
+                raise NotReady()
+            raise NoChanges()
+        return parse_diff(task, text.decode("utf-8", "replace"), path=path, stat_only=stat_only)
+
+    @operation("POST", "/tasks/{task_id}/apply", title="Apply a task's result", destructive=True, idempotent=True)
+    def apply_task(
+        self,
+        caller: Caller,
+        *,
+        task_id: TaskId,
+        directory: Annotated[
+            str | None, Field(max_length=4096, description="The working tree. Default: where you are.")
+        ] = None,
+        dry_run: Annotated[bool, Field(description="Only say what would be written.")] = False,
+        allow_sensitive: Annotated[
+            list[str],
+            Field(
+                max_length=2000, description="Files that can make a machine execute things, each named by your user."
+            ),
+        ] = [],  # noqa: B006
+        undo: Annotated[bool, Field(description="Take an applied result back.")] = False,
+    ) -> Applied:
+        """Write a task's changes into a working tree: all or nothing, never over changes of your own, with a backup.
+
+        Where files changed on both sides nothing is written and they are named.
+        """
+        task = self._store.tasks.get(caller.account_id, task_id)
+        if task.expired_at is not None and not undo:
+            raise TaskExpired()
+        if not caller.local:
+            return self._instructions(task)
+        result = None if undo else self._result_of(caller, task)
+        if caller.folder is None:
+            raise TargetNotAllowed()
+        folder = caller.folder / (directory or ".")
+        if result is None:
+            outcome = apply.undo(folder, task_id=task_id, state_folder=self._state_folder)
+        else:
+            outcome = apply.apply(
+                folder,
+                task_id=task_id,
+                branch=task.branch,
+                base_sha=self._base_of(task),
+                input_bundle=self._store.blobs.get(caller.account_id, task_id, "input"),
+                result_bundle=result,
+                state_folder=self._state_folder,
+                dry_run=dry_run,
+                allow_sensitive=allow_sensitive,
+            )
+        done = Applied.model_validate({"task_id": task_id, "base_sha": task.base_sha, **outcome.model_dump()})
+        if done.outcome != "applied":
+            return done
+        return done.with_session(lambda: self._sessions.bring_home(caller, task_id, folder))
+
+    def bundle(self, caller: Caller, task_id: str, kind: Literal["input", "result"]) -> bytes | None:
+        """A task's git bundle, for a client that applies it elsewhere. None where `input` has none."""
+        task = self._store.tasks.get(caller.account_id, task_id)
+        if kind == "result":
+            return self._result_of(caller, task)
+        return self._store.blobs.get(caller.account_id, task_id, "input")
+
+    def _result_of(self, caller: Caller, task: Task) -> bytes:
+        bundle = self._store.blobs.get(caller.account_id, task.task_id, "result")
+        if bundle is not None:
+            return bundle
+        if not task.status.terminal:
+            raise NotReady()
+        raise NoChanges()
+
+    def _base_of(self, task: Task) -> str:
+        if task.base_sha is None:
+            raise NoChanges() if task.status.terminal else NotReady()
+        return task.base_sha
+
+    def _instructions(self, task: Task) -> Applied:
+        if not task.status.terminal:
+            raise NotReady()
+        return Applied(
+            task_id=task.task_id,
+            outcome="instructions",
+            branch=task.branch,
+            base_sha=task.base_sha,
+            message="Nothing was written: this server cannot reach your working tree. Type the command there.",
+            command=f"ca task apply {task.task_id}",
+        )
