@@ -147,10 +147,16 @@ class RemoteOperation(Operation):
         name = given.get("repository")
         if name is None and (not new or given.get("continue_task_id")):
             return given  # it stays what it is
-        folder = caller.folder or Path.cwd()
+        folder, allowed = caller.folder or Path.cwd(), given.pop("allow_secrets", ())
         try:
             place = await for_server(
-                self.server, folder, name, given.get("base_ref"), may_upload=not within, tell=caller.progress
+                self.server,
+                folder,
+                name,
+                given.get("base_ref"),
+                may_upload=not within,
+                allow_secrets=allowed,
+                tell=caller.progress,
             )
         except InvalidInput as error:
             error.field = f"{within}{error.field}" if error.field else None

@@ -31,6 +31,13 @@ def task() -> None:
     metavar="current|ID",
     help="Take this conversation of your own Claude Code along: the one that you are in, or by its id.",
 )
+@click.option(
+    "--allow-secret",
+    "allow_secrets",
+    multiple=True,
+    metavar="FILE",
+    help="Take a file along that looks like a secret. What .gitignore names stays at home anyway.",
+)
 @click.option("--idempotency-key", help="Repeating the command with the same key is still one task.")
 @click.option(
     "--send-credentials",

@@ -154,9 +154,15 @@ class HttpClient:
         """A task's arguments, with what they say of this machine said for the server."""
         name, base_ref = task.get("repository"), task.get("base_ref")
         place = await for_server(
-            self._server, Path.cwd(), name, base_ref, may_upload=may_upload, tell=self._tell if may_upload else None
+            self._server,
+            Path.cwd(),
+            name,
+            base_ref,
+            may_upload=may_upload,
+            allow_secrets=task.get("allow_secrets", ()),
+            tell=self._tell if may_upload else None,
         )
-        return {**task, **place}
+        return {**{name: value for name, value in task.items() if name != "allow_secrets"}, **place}
 
     async def _tell(self, done: float, total: float, message: str) -> None:
         if self._told is not None:

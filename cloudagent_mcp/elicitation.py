@@ -21,7 +21,7 @@ from mcp_types.version import is_version_at_least
 
 from cloudagent_mcp.operations import Caller, Operation, check_arguments
 from cloudagent_mcp.untrusted import clean, cut
-from cloudagent_storage.errors import ConfirmationNeeded, InvalidInput, NotFound, NotNow
+from cloudagent_storage.errors import ConfirmationNeeded, InvalidInput, NotFound, NotNow, SecretsFound
 from cloudagent_storage.records import Task
 
 Asking = Callable[[Operation, Caller, dict[str, Any], Context[Any, Any]], Awaitable[Any]]
@@ -39,7 +39,7 @@ def asking(operation: Operation, operations: Mapping[str, Operation]) -> Asking:
     """How a tool calls its operation."""
     if operation.name in WAITS:
         return QuestionRelay(operations["send_message"])
-    return confirm_sensitive_files if operation.name == "apply_task" else call_plainly
+    return CONFIRMED[operation.name] if operation.name in CONFIRMED else call_plainly
 
 
 async def call_plainly(operation: Operation, caller: Caller, arguments: dict[str, Any], _: Context[Any, Any]) -> Any:
@@ -86,38 +86,75 @@ class QuestionRelay:
         return await operation.call(caller, at_once)
 
 
-async def confirm_sensitive_files(
-    operation: Operation, caller: Caller, arguments: dict[str, Any], context: Context[Any, Any]
-) -> Any:
-    """`apply_task`, for which the person agrees to each file that can make a machine execute things.
+@dataclass(frozen=True)
+class Confirmation:
+    """An operation for which the person agrees to each file that it is refused for.
 
-    Where a person can be asked, what the model names in `allow_sensitive` is not enough. Raises
-    `ConfirmationNeeded` when the person does not agree.
+    Where a person can be asked, what the model names in `argument` is not enough.
     """
-    if not can_ask(context) or not caller.local:
-        return await operation.call(caller, arguments)
-    if check_arguments(operation.arguments, arguments)["dry_run"]:
-        return await operation.call(caller, arguments)
-    asked, said = _earlier_round(context)
-    if asked is None:
-        try:
-            return await operation.call(caller, {**arguments, "allow_sensitive": []})
-        except ConfirmationNeeded as refusal:
-            if not 0 < len(refusal.files) <= FILES_SHOWN:
-                raise ConfirmationNeeded(refusal.message, remedy=BY_HAND) from None
-            form = _confirmation(refusal.files)
-        asked = {form.key: form.about}
-        said = await _ask(context, [form])
-        if isinstance(said, InputRequiredResult):
-            return said
-    ((key, files),) = asked.items()
-    result = said.get(key)
-    if result is None or result.action != "accept" or (result.content or {}).get("write") is not True:
-        raise ConfirmationNeeded("Your user was asked and did not agree. Nothing was written.", remedy=BY_HAND)
-    return await operation.call(caller, {**arguments, "allow_sensitive": list(files)})
+
+    refusal: type[ConfirmationNeeded] | type[SecretsFound]
+    argument: str
+    question: str
+    agree: str
+    refused: str
+    by_hand: str
+
+    async def __call__(
+        self, operation: Operation, caller: Caller, arguments: dict[str, Any], context: Context[Any, Any]
+    ) -> Any:
+        """Raises `refusal` when the person does not agree."""
+        if not can_ask(context) or not caller.local:
+            return await operation.call(caller, arguments)
+        if check_arguments(operation.arguments, arguments).get("dry_run"):
+            return await operation.call(caller, arguments)
+        asked, said = _earlier_round(context)
+        if asked is None:
+            try:
+                return await operation.call(caller, {**arguments, self.argument: []})
+            except self.refusal as refusal:
+                if not 0 < len(refusal.files) <= FILES_SHOWN:
+                    raise self.refusal(refusal.message, remedy=self.by_hand) from None
+                form = self._form(refusal.files)
+            asked = {form.key: form.about}
+            said = await _ask(context, [form])
+            if isinstance(said, InputRequiredResult):
+                return said
+        ((key, files),) = asked.items()
+        result = said.get(key)
+        if result is None or result.action != "accept" or (result.content or {}).get("agree") is not True:
+            raise self.refusal(f"Your user was asked and did not agree. {self.refused}", remedy=self.by_hand)
+        return await operation.call(caller, {**arguments, self.argument: list(files)})
+
+    def _form(self, files: Sequence[str]) -> Form:
+        listed = "\n".join(f"  {clean(file)}" for file in files)
+        field = {"type": "boolean", "title": self.agree, "description": "I have looked at them.", "default": False}
+        return Form(
+            key=self.argument,
+            message=f"{self.question}\n{listed}",
+            schema={"type": "object", "properties": {"agree": field}, "required": ["agree"]},
+            about=tuple(files),
+        )
 
 
-BY_HAND = "Leave it to your user, who can look at the diff and type `ca task apply TASK --allow-sensitive FILE`."
+CONFIRMED = {
+    "apply_task": Confirmation(
+        refusal=ConfirmationNeeded,
+        argument="allow_sensitive",
+        question="The task's result has files that can make this machine execute things by themselves:",
+        agree="Write them",
+        refused="Nothing was written.",
+        by_hand="Leave it to your user, who can look at the diff and type `ca task apply TASK --allow-sensitive FILE`.",
+    ),
+    "submit_task": Confirmation(
+        refusal=SecretsFound,
+        argument="allow_secrets",
+        question="These files are not committed and look like secrets. The task's agent would get them:",
+        agree="Take them along",
+        refused="Nothing was submitted.",
+        by_hand="Name them in .gitignore, and they stay at home.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -195,15 +232,4 @@ def question_form(task: Task) -> Form:
         message=f'The agent that works on "{title}" asks you:\n\n{question}',
         schema={"type": "object", "properties": {"answer": field}, "required": ["answer"]},
         about=(task.task_id, task.asked.question_id),
-    )
-
-
-def _confirmation(files: Sequence[str]) -> Form:
-    listed = "\n".join(f"  {clean(file)}" for file in files)
-    field = {"type": "boolean", "title": "Write them", "description": "I have looked at them.", "default": False}
-    return Form(
-        key="sensitive",
-        message=f"The task's result has files that can make this machine execute things by themselves:\n{listed}",
-        schema={"type": "object", "properties": {"write": field}, "required": ["write"]},
-        about=tuple(files),
     )

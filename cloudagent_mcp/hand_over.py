@@ -5,6 +5,7 @@ What is pushed is named; what is here alone is uploaded, with all that is not co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -33,12 +34,13 @@ async def for_server(
     base_ref: object,
     *,
     may_upload: bool,
+    allow_secrets: Sequence[str] = (),
     tell: Tell | None = None,
 ) -> Mapping[str, str | None]:
     """`repository` and `base_ref` for a server, of what somebody who works in `folder` means by them.
 
-    What is no text is left to be refused there. Without `may_upload` all has to be pushed. Raises errors under
-    `InvalidInput`, and what `RemoteServer` raises.
+    `allow_secrets` is for `bundle_working_tree`. What is no text is left to be refused there. Without `may_upload` all
+    has to be pushed. Raises errors under `InvalidInput`, and what `RemoteServer` raises.
     """
     if not isinstance(name, str | None) or not isinstance(base_ref, str | None):
         return {}
@@ -52,7 +54,7 @@ async def for_server(
             return {"repository": address}
         folder = folder / Path(address).expanduser()
     try:
-        pushed = await in_thread(lambda: repository.find_pushed(folder, base_ref=base_ref))
+        pushed = await in_thread(lambda: repository.find_pushed(folder, base_ref=base_ref, allow_secrets=allow_secrets))
     except RepositoryNotFound:
         if name is not None:
             raise
@@ -60,25 +62,32 @@ async def for_server(
     except RepositoryNotPushed as refusal:
         if not may_upload:
             raise
-        return {"repository": f"upload:{await _upload(server, folder, base_ref, refusal, tell)}", "base_ref": None}
+        upload_id = await _upload(server, folder, base_ref, allow_secrets, refusal, tell)
+        return {"repository": f"upload:{upload_id}", "base_ref": None}
     return {"repository": pushed.address} | ({"base_ref": pushed.base_ref} if pushed.base_ref else {})
 
 
 async def _upload(
-    server: RemoteServer, folder: Path, base_ref: str | None, refusal: RepositoryNotPushed, tell: Tell | None
+    server: RemoteServer,
+    folder: Path,
+    base_ref: str | None,
+    allow_secrets: Sequence[str],
+    refusal: RepositoryNotPushed,
+    tell: Tell | None,
 ) -> str:
     """The id of an upload that holds what is in the folder."""
 
     def held(commits: Sequence[str]) -> Collection[str]:
         return anyio.from_thread.run(server.known_commits, commits)
 
+    bundle = functools.partial(bundle_working_tree, folder, base_ref=base_ref, allow_secrets=allow_secrets)
     try:
-        tree = await in_thread(lambda: bundle_working_tree(folder, base_ref=base_ref, held=held))
+        tree = await in_thread(lambda: bundle(held=held))
         try:
             return await _send(server, tree, tell)
         except (UploadIncomplete, UploadNotFound):
             # What the server had when it was asked is gone by now.
-            whole = await in_thread(lambda: bundle_working_tree(folder, base_ref=base_ref))
+            whole = await in_thread(bundle)
             return await _send(server, whole, tell)
     except NoRoute:
         raise RepositoryNotPushed(

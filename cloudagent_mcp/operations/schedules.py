@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from cloudagent_storage.store import ScheduleChanges, Store
 
 SHOWN_DUE = 3
+ONLY_NOW = ("idempotency_key", "continue_task_id", "session", "allow_secrets")
+"""What only somebody who is there can want. A schedule's task leaves at home what looks like a secret."""
 
 ScheduleId = Annotated[str, Field(max_length=200)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
@@ -63,7 +65,7 @@ class Schedules:
         """`store` and `keyring` are opened when they are first needed; `ring` and `ensure_worker` raise nothing."""
         self._open_store = store
         self._keyring = keyring
-        self._task_arguments = _without(submit_task.arguments, "idempotency_key", "continue_task_id", "session")
+        self._task_arguments = _without(submit_task.arguments, *ONLY_NOW)
         self._allowed = allowed
         self._credentials = credentials
         self._ring = ring

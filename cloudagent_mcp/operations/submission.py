@@ -74,11 +74,17 @@ def title_of(prompt: str, title: str | None = None) -> str:
     return (title or prompt.strip().splitlines()[0][:80]).strip() or "Untitled"
 
 
-def find_source(caller: Caller, name: str | None, base_ref: str | None, uploads: Uploads | None = None) -> Source:
+def find_source(
+    caller: Caller,
+    name: str | None,
+    base_ref: str | None,
+    uploads: Uploads | None = None,
+    allow_secrets: Sequence[str] | None = None,
+) -> Source:
     """What a caller means by `repository`, read as far as it is on this machine.
 
-    Without `uploads` there has to be something that can be read again later. Raises errors under `InvalidInput`, and
-    `UploadNotFound`.
+    `allow_secrets` is for `bundle_working_tree`. Without `uploads` there has to be something that can be read again
+    later. Raises errors under `InvalidInput`, and `UploadNotFound`.
     """
     if base_ref is not None:
         repository.check_ref(base_ref)
@@ -86,7 +92,7 @@ def find_source(caller: Caller, name: str | None, base_ref: str | None, uploads:
         if not caller.local or caller.folder is None:
             return Source("none")
         try:
-            return read_source(str(caller.folder), base_ref)
+            return read_source(str(caller.folder), base_ref, allow_secrets)
         except RepositoryNotFound:
             return Source("none")
     if (upload_id := repository.upload_in(name)) is not None:
@@ -105,4 +111,4 @@ def find_source(caller: Caller, name: str | None, base_ref: str | None, uploads:
         raise InvalidInput("There is no ref to start from without a repository.", field="base_ref")
     if address == "none" or repository.is_remote(address):
         return Source(address)
-    return read_source(str((caller.folder or Path.cwd()) / Path(address).expanduser()), base_ref)
+    return read_source(str((caller.folder or Path.cwd()) / Path(address).expanduser()), base_ref, allow_secrets)

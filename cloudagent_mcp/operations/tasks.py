@@ -166,6 +166,9 @@ class Tasks:
         session: Annotated[
             str | None, Field(max_length=PACKED_MAX, description="A conversation to go on with, as `ca` packs it.")
         ] = None,
+        allow_secrets: Annotated[
+            list[str], Field(max_length=200, description="Files that look like secrets, each allowed by your user.")
+        ] = [],  # noqa: B006
         idempotency_key: Annotated[
             str | None,
             Field(min_length=1, max_length=255, description="Repeat the call with the same key: still one task."),
@@ -213,7 +216,7 @@ class Tasks:
         task_id = new_id("task")
         conversation: Mapping[BlobKind, bytes] = {}
         if continue_task_id is None:
-            source = find_source(caller, repository, base_ref, self._store.uploads)
+            source = find_source(caller, repository, base_ref, self._store.uploads, allow_secrets)
             if session is not None:
                 secrets = [*open_agent(spec.agent).secrets(environment), *tokens.values()]
                 carried = self._sessions.taken_along(caller, session, for_task=task_id, secrets=secrets)

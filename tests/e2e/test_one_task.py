@@ -123,8 +123,7 @@ def test_a_working_tree_goes_in_and_a_checked_result_comes_back(world: World, re
 def test_what_the_agent_saw_of_the_tree_is_what_was_there(world: World, repo: Path) -> None:
     (repo / "calc.py").write_text("def add(a, b):\n    return a - b  # changed, not committed\n")
     (repo / "new.txt").write_text("untracked\n")
-    (repo / ".env").write_text("TOKEN=hunter2hunter2\n")
-    (repo / "debug.log").write_text("ignored\n")
+    (repo / "debug.log").write_text("TOKEN=hunter2hunter2, ignored\n")
     look = Rule(
         prompt="Look", turns=(do(bash("cat calc.py new.txt; ls -A; git status --porcelain; git log --oneline")),)
     )
@@ -137,7 +136,6 @@ def test_what_the_agent_saw_of_the_tree_is_what_was_there(world: World, repo: Pa
             raw = json.dumps(client.call("get_task_logs", task_id=task_id, raw=True, limit=1000))
             assert "changed, not committed" in raw and "untracked" in raw
             assert "debug.log" not in raw and "hunter2" not in raw
-            assert "Left out, since it looks like a secret: .env" in raw
 
 
 @pytest.mark.full("e2b")

@@ -57,7 +57,7 @@ def accepts(**content: Any) -> Person:
 
 def turns_away(action: Literal["decline", "cancel"]) -> Person:
     # What a client sends along with a refusal is no answer.
-    return Person(lambda _: ElicitResult(action=action, content={"answer": "this", "write": True}))
+    return Person(lambda _: ElicitResult(action=action, content={"answer": "this", "agree": True}))
 
 
 def structured(result: CallToolResult) -> dict[str, Any]:
@@ -279,7 +279,7 @@ SENSITIVE = {"a.txt": "b\n", ".envrc": "touch owned\n", ".vscode/tasks.json": "{
 async def test_sensitive_files_are_written_when_the_person_agrees(
     world: World, shop: Path, tmp_path: Path, mode: Era, named: list[str]
 ) -> None:
-    app, person = world.app(shop), accepts(write=True)
+    app, person = world.app(shop), accepts(agree=True)
     task_id = finished(app.store, shop, tmp_path / "workshop", SENSITIVE)
     async with Client(mcp_server(app, remote=False), mode=mode, elicitation_callback=person) as client:
         result = await client.call_tool("apply_task", {"task_id": task_id, "allow_sensitive": named})
@@ -293,7 +293,7 @@ async def test_sensitive_files_are_written_when_the_person_agrees(
 @pytest.mark.parametrize("named", [[], [".envrc", ".vscode/tasks.json"]], ids=["unnamed", "named by the model"])
 @pytest.mark.parametrize(
     "person",
-    [turns_away("decline"), turns_away("cancel"), accepts(write=False), accepts(), accepts(write="true")],
+    [turns_away("decline"), turns_away("cancel"), accepts(agree=False), accepts(), accepts(agree="true")],
     ids=["declined", "cancelled", "not ticked", "empty", "no boolean"],
 )
 async def test_without_the_persons_consent_nothing_is_written_whatever_the_model_names(
@@ -326,7 +326,7 @@ async def test_where_nobody_can_be_asked_the_refusal_names_the_argument(
 async def test_nobody_is_asked_about_ordinary_files_or_a_dry_run(
     world: World, shop: Path, tmp_path: Path, mode: Era
 ) -> None:
-    app, person = world.app(shop), accepts(write=True)
+    app, person = world.app(shop), accepts(agree=True)
     ordinary = finished(app.store, shop, tmp_path / "workshop", {"a.txt": "b\n"})
     sensitive = finished(app.store, shop, tmp_path / "other", SENSITIVE)
     async with Client(mcp_server(app, remote=False), mode=mode, elicitation_callback=person) as client:
@@ -334,3 +334,36 @@ async def test_nobody_is_asked_about_ordinary_files_or_a_dry_run(
         assert dry["outcome"] == "would_apply" and ".envrc" in dry["message"]
         assert structured(await client.call_tool("apply_task", {"task_id": ordinary}))["outcome"] == "applied"
     assert person.saw == []
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_secrets(shop: Path) -> Path:
+    for name in (".env", "deploy.key"):
+        (shop / name).write_text("canary\n")
+    return shop
+
+
+@EITHER_ERA
+@pytest.mark.parametrize("named", [[], [".env", "deploy.key"]], ids=["unnamed", "named by the model"])
+async def test_what_looks_like_a_secret_goes_along_when_the_person_agrees_and_not_because_the_model_says_so(
+    world: World, with_secrets: Path, mode: Era, named: list[str]
+) -> None:
+    app, person = world.app(with_secrets), accepts(agree=True)
+    asked = {"prompt": "x", "allow_secrets": named}
+    async with Client(mcp_server(app, remote=False), mode=mode, elicitation_callback=person) as client:
+        task = structured(await client.call_tool("submit_task", asked))
+    (shown,) = person.saw
+    assert ".env" in cast("Any", shown).message and "deploy.key" in cast("Any", shown).message
+    bundle = app.store.blobs.get(LOCAL_ACCOUNT, task["task_id"], "input")
+    assert bundle is not None
+    assert {".env", "deploy.key"} <= {
+        path.name for path in Workshop(with_secrets.parent / "w", bundle).folder.iterdir()
+    }
+    refuses = turns_away("decline")
+    async with Client(mcp_server(app, remote=False), mode=mode, elicitation_callback=refuses) as client:
+        refused = structured(await client.call_tool("submit_task", asked))
+    assert refused["code"] == "secrets_found" and ".gitignore" in refused["remedy"] and len(refuses.saw) == 1
+    assert app.store.tasks.list(LOCAL_ACCOUNT).total == 1

@@ -24,6 +24,7 @@ from cloudagent_storage.errors import (
     RepositoryNotFound,
     RepositoryTooLarge,
     RepositoryUnreachable,
+    SecretsFound,
 )
 from tests.support.git_repos import ENVIRONMENT, commit, files_of, fingerprint, git, make_repository, put
 
@@ -118,6 +119,14 @@ def test_untracked_files_that_look_like_secrets_stay_at_home_and_are_named(shop:
     assert not any(b"SECRET-CANARY" in content for _, content in files_of(there).values())
     assert all((there / name).exists() for name in harmless)
     assert git(shop, "diff", "--cached", "--name-only") == "staged.key"
+    # Where somebody is there to decide, nothing is decided for them.
+    with pytest.raises(SecretsFound) as refused:
+        bundle_working_tree(shop, base_ref=None, allow_secrets=[".env", "no-such-file"])
+    assert set(refused.value.files) == set(secret) - {".env"}
+    allowed = bundle_working_tree(shop, base_ref=None, allow_secrets=secret)
+    assert set(allowed.allowed) == set(secret) and allowed.left_out == ()
+    there = unpacked(allowed.bundle, tmp_path / "allowed")
+    assert all((there / name).exists() for name in secret)
 
 
 def test_a_secret_that_was_committed_long_ago_travels_as_part_of_the_history(shop: Path) -> None:

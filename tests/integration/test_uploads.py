@@ -23,10 +23,10 @@ from cloudagent_mcp.remote_server import RemoteServer
 from cloudagent_mcp.settings import Settings
 from cloudagent_mcp.uploads import Uploads
 from cloudagent_queue.repository import bundle_working_tree
-from cloudagent_storage.errors import CloudAgentError
+from cloudagent_storage.errors import CloudAgentError, SecretsFound
 from cloudagent_storage.store import Store
 from tests.support.elsewhere import ADMIN, refusal, stdio, structured
-from tests.support.git_repos import Workshop, files_of
+from tests.support.git_repos import Workshop, files_of, make_repository
 from tests.support.worlds import World, git, until
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +48,6 @@ def dirty(repo: Path) -> Path:
     (repo / "gone.txt").unlink()
     (repo / "untracked é.txt").write_text("untracked\n")
     (repo / "ignored.log").write_text("ignored\n")
-    (repo / ".env").write_text("TOKEN=canary-of-the-env\n")
     return repo
 
 
@@ -60,7 +59,7 @@ def there(world: World, account_id: str, task_id: str, folder: Path) -> dict[str
 
 
 def here(folder: Path) -> dict[str, Any]:
-    return {name: what for name, what in files_of(folder).items() if name not in (".env", "ignored.log")}
+    return {name: what for name, what in files_of(folder).items() if name != "ignored.log"}
 
 
 def ca(user: dict[str, str], folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -97,12 +96,53 @@ async def test_the_bridge_takes_along_what_is_on_the_screen_and_says_what_it_lea
         result = await client.call_tool("submit_task", {"prompt": "x"}, progress_callback=progress)
         task = structured(result)
         assert task["repository"].startswith("upload:upl_") and task["base_sha"] is not None
-        log = (await client.call_tool("get_task_logs", {"task_id": task["task_id"]})).content[0]
-        assert "Left out, since it looks like a secret: .env" in log.model_dump()["text"]
     assert there(world, "ada", task["task_id"], tmp_path / "there") == here(dirty)
     assert (git(dirty, "status", "--porcelain"), git(dirty, "count-objects")) == before
     done = [number for number, _, message in told if message.startswith("Upload")]
     assert len(done) > 1 and done == sorted(done) and done[-1] == told[-1][1] > 300_000
+
+
+async def test_what_looks_like_a_secret_stops_the_upload_by_name_unless_its_user_allows_it(
+    user: dict[str, str], world: World, dirty: Path, tmp_path: Path
+) -> None:
+    (dirty / "sub").mkdir()
+    for name in (".env", "sub/server.pem"):
+        (dirty / name).write_text("TOKEN=a-word-that-stays-here\n")
+    git(dirty, "add", "sub")
+    async with stdio(user, dirty) as client:
+        refused = refusal(await client.call_tool("submit_task", {"prompt": "x"}))
+    assert refused["code"] == "secrets_found" and refused["field"] == "allow_secrets"
+    assert ".env, sub/server.pem" in refused["detail"] and ".gitignore" in refused["remedy"]
+    made = ca(user, dirty, "task", "create", "x", "--json", "--allow-secret", ".env")
+    assert made.returncode == 2 and json.loads(made.stdout)["code"] == "secrets_found"
+    assert "sub/server.pem" in made.stdout and ".env" not in made.stdout and "a-word" not in made.stdout + made.stderr
+    with world.client(dirty) as client, pytest.raises(SecretsFound):  # on this machine as well
+        client.call("submit_task", prompt="x")
+    assert world.app().store.tasks.list("ada").total == world.app().store.tasks.list("local").total == 0
+
+    allowed = ca(
+        user, dirty, "task", "create", "x", "--json", "--allow-secret", ".env", "--allow-secret", "./sub/server.pem"
+    )
+    assert allowed.returncode == 0 and "Goes along, though it looks like a secret: .env" in allowed.stderr
+    task_id = json.loads(allowed.stdout)["task_id"]
+    assert there(world, "ada", task_id, tmp_path / "there") == here(dirty)
+    # Where all else is pushed as well: a server that fetches would not see it.
+    pushed = make_repository(tmp_path / "pushed", {"a.txt": "a\n"})
+    git(pushed, "remote", "add", "origin", "https://github.com/example/shop")
+    git(pushed, "update-ref", "refs/remotes/origin/main", "HEAD")
+    (pushed / ".env").write_text("TOKEN=x\n")
+    fetched, sizes = await submitted(user, pushed)
+    assert fetched.repository == "https://github.com/example/shop" and not sizes
+    with_it, _ = await submitted(user, pushed, allow_secrets=[".env"])
+    assert with_it.repository.startswith("upload:")
+    assert there(world, "ada", with_it.task_id, tmp_path / "with it") == here(pushed)
+    with (dirty / ".gitignore").open("a") as ignored:
+        ignored.write(".env\n*.pem\n")
+    git(dirty, "rm", "-q", "--cached", "sub/server.pem")
+    made = ca(user, dirty, "task", "create", "x", "--json")
+    assert made.returncode == 0 and ".env" not in there(
+        world, "ada", json.loads(made.stdout)["task_id"], tmp_path / "2"
+    )
 
 
 async def test_ca_takes_it_along_and_says_so_in_a_line(
@@ -111,8 +151,7 @@ async def test_ca_takes_it_along_and_says_so_in_a_line(
     made = ca(user, dirty, "task", "create", "x", "--json")
     assert made.returncode == 0, made.stderr
     task = json.loads(made.stdout)
-    assert "Left out, since it looks like a secret: .env" in made.stderr
-    assert "0.3 of 0.3 MB" in made.stderr and "canary" not in made.stderr
+    assert "0.3 of 0.3 MB" in made.stderr
     assert there(world, "ada", task["task_id"], tmp_path / "there") == here(dirty)
     from_elsewhere = ca(user, tmp_path, "task", "create", "x", "--json", "--repository", str(dirty / "."))
     assert json.loads(from_elsewhere.stdout)["base_sha"] == task["base_sha"]
@@ -387,11 +426,11 @@ async def test_submodules_and_lfs_are_named_and_many_notes_become_few(
     git(repo, "update-index", "--add", "--cacheinfo", f"160000,{git(repo, 'rev-parse', 'HEAD')},vendor/lib")
     (repo / "vendor" / "lib").mkdir(parents=True)  # as git leaves one that is not initialised
     for number in range(30):
-        (repo / f"{number}.pem").write_text("x")
+        git(repo, "init", "-q", f"inner{number}")
     task, _ = await submitted(user, repo)
     page = world.app().store.events.list("ada", task.task_id, after=0, limit=100)
     said = [line.message for line in page.lines]
-    assert len(said) == 21 and said[1] == "Left out, since it looks like a secret: 0.pem"
+    assert len(said) == 21 and said[1] == "Left out, since it is a repository of its own: inner0/"
     assert said[-1] == "Of 13 more things the agent gets less than is here."
     with world.client(repo) as client:  # on this machine all of it is told
         own = client.call("submit_task", prompt="x")

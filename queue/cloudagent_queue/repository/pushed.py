@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,10 +29,11 @@ class Pushed:
     """A commit, or what the caller named and this repository does not know."""
 
 
-def find_pushed(folder: Path, *, base_ref: str | None) -> Pushed:
+def find_pushed(folder: Path, *, base_ref: str | None, allow_secrets: Collection[str] = ()) -> Pushed:
     """What a server can fetch of the repository that `folder` lies in: `base_ref`, or else all that is here.
 
-    Nothing is fetched or pushed: what counts is what this repository knows of its remote `origin`. Raises
+    Nothing is fetched or pushed: what counts is what this repository knows of its remote `origin`. Of
+    files that look like secrets only those in `allow_secrets` matter. Raises
     `RepositoryNotFound`, `RepositoryEmpty`, and `RepositoryNotPushed` when something is on this machine alone.
     """
     repository = LocalRepository.find(folder)
@@ -40,7 +42,7 @@ def find_pushed(folder: Path, *, base_ref: str | None) -> Pushed:
         commit = repository.commit("HEAD")
         if commit is None:
             raise RepositoryEmpty()
-        if count := _uncommitted(repository):
+        if count := _uncommitted(repository, allow_secrets):
             raise RepositoryNotPushed(
                 f"{count} {'file is' if count == 1 else 'files are'} not committed, and the server would not see "
                 f"{'it' if count == 1 else 'them'}."
@@ -59,14 +61,14 @@ def find_pushed(folder: Path, *, base_ref: str | None) -> Pushed:
     return Pushed(address, commit)
 
 
-def _uncommitted(repository: LocalRepository) -> int:
+def _uncommitted(repository: LocalRepository, allow_secrets: Collection[str]) -> int:
     """How many files differ from the last commit, of those that a task on this machine would get."""
     if repository.bare:
         return 0
     listing = ["--no-optional-locks", "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all"]
     out = repository.run(*listing, timeout_s=300).out.decode("utf-8", "surrogateescape")
     changed = {entry[3:] for entry in out.split("\0")[:-1]}
-    return len(changed - set(to_leave_out(repository)))
+    return len(changed - (set(to_leave_out(repository)) - set(allow_secrets)))
 
 
 def _address(repository: LocalRepository) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +25,11 @@ class Source:
     warnings: Sequence[EventDraft] = field(default_factory=list[EventDraft])
 
 
-def read_source(place: str, base_ref: str | None) -> Source:
-    """What is at a checked address, as far as it is read now. Raises the errors of `bundle_working_tree`."""
+def read_source(place: str, base_ref: str | None, allow_secrets: Collection[str] | None = None) -> Source:
+    """What is at a checked address, as far as it is read now; see `bundle_working_tree`, also for what it raises."""
     if place == "none" or is_remote(place):
         return Source(place)
-    tree = bundle_working_tree(Path(place), base_ref=base_ref)
+    tree = bundle_working_tree(Path(place), base_ref=base_ref, allow_secrets=allow_secrets)
     return Source(str(tree.top), tree.bundle, tree.base_sha, tree.config, tree.manifests, warnings_of(tree.notes))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import posixpath
 import re
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from cloudagent_storage.errors import (
     RepositoryNotAllowed,
     RepositoryNotFound,
     RepositoryTooLarge,
+    SecretsFound,
 )
 
 ORIGIN = "Based-on"
@@ -41,6 +43,7 @@ _HEEDED = r"^(core\.(excludesfile|autocrlf|eol)|safe\.directory)$"
 _NEAR_NAMES = 5
 _COMMITS_ASKED = 256
 _SUBMODULES_NAMED = 10
+_SECRETS_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class WorkingTree:
     """The user's branch, or the commit where there is none."""
     left_out: tuple[str, ...]
     """Untracked files that look like secrets, and nested repositories (with a final slash)."""
+    allowed: tuple[str, ...]
+    """What looks like a secret and goes along, as its user wants it."""
     pointers: tuple[str, ...]
     """What travels as the pointer that it is in git, in sentences: submodules and LFS files."""
     has_uncommitted: bool
@@ -68,7 +73,8 @@ class WorkingTree:
         """What of the folder the agent does not get, in sentences."""
         secret = [f"Left out, since it looks like a secret: {path}" for path in self.left_out if path[-1] != "/"]
         nested = [f"Left out, since it is a repository of its own: {path}" for path in self.left_out if path[-1] == "/"]
-        return (*secret, *nested, *self.pointers)
+        allowed = [f"Goes along, though it looks like a secret: {path}" for path in self.allowed]
+        return (*secret, *allowed, *nested, *self.pointers)
 
 
 class LocalRepository:
@@ -153,12 +159,19 @@ class LocalRepository:
 
 
 def bundle_working_tree(
-    folder: Path, *, base_ref: str | None, held: Callable[[Sequence[str]], Collection[str]] | None = None
+    folder: Path,
+    *,
+    base_ref: str | None,
+    held: Callable[[Sequence[str]], Collection[str]] | None = None,
+    allow_secrets: Collection[str] | None = None,
 ) -> WorkingTree:
     """Bundle the repository that `folder` lies in: `base_ref` alone, or else HEAD and all that is not committed.
 
     `held` tells which of some commits, the newest ones, the receiver has with all their history: what is in these is
     not bundled again. Submodules and LFS files travel as the pointers that they are in git.
+
+    Files that git does not know yet and that look like secrets go along if `allow_secrets` has their path from the
+    top; others are refused with `SecretsFound`. None says that nobody is there to decide: then all of them stay.
 
     Raises `RepositoryNotFound`, `RepositoryEmpty`, `RepositoryNotAllowed` (a partial clone), `RefNotFound` with the
     nearest names, `InvalidRepositoryConfig` and `RepositoryTooLarge`; and what `held` does.
@@ -179,10 +192,15 @@ def bundle_working_tree(
 
     with tempfile.TemporaryDirectory(prefix="cloudagent-bundle-") as temporary:
         scratch = _Scratch(repository, Path(temporary))
-        base, left_out = head, list[str]()
+        base, left_out, allowed = head, list[str](), list[str]()
         committed = tree = repository.run("rev-parse", f"{head}^{{tree}}").text
         if base_ref is None and not repository.bare:
             left_out = to_leave_out(repository)
+            secrets = [path for path in left_out if not path.endswith("/")]
+            if allow_secrets is not None:
+                allowed = sorted({posixpath.normpath(path) for path in allow_secrets} & set(secrets))
+                _check_secrets(set(secrets) - set(allowed))
+                left_out = sorted(set(left_out) - set(secrets))
             tree = repository.snapshot(Path(temporary), leave_out=left_out, env=scratch.env)
         run = functools.partial(repository.run, env=scratch.env)
         config, manifests = config_in(run, tree), manifests_in(run, tree)
@@ -201,6 +219,7 @@ def bundle_working_tree(
             base_sha=base,
             head=name,
             left_out=tuple(left_out),
+            allowed=tuple(allowed),
             pointers=_pointers(run, tree),
             has_uncommitted=tree != committed,
             config=config,
@@ -290,6 +309,18 @@ def to_leave_out(repository: LocalRepository) -> list[str]:
     listing = ["diff-index", "--cached", "--name-only", "--diff-filter=A", "-z", "HEAD"]
     staged = repository.run(*listing).out.decode("utf-8", "surrogateescape").split("\0")[:-1]
     return sorted(p for p in {*untracked, *staged} if p.endswith("/") or _looks_secret(repository.top / p))
+
+
+def _check_secrets(paths: Collection[str]) -> None:
+    if not paths:
+        return
+    names = sorted(path.encode("utf-8", "replace").decode() for path in paths)
+    more = f" and {len(names) - _SECRETS_NAMED} more" if len(names) > _SECRETS_NAMED else ""
+    refusal = SecretsFound(
+        f"These look like secrets: {', '.join(names[:_SECRETS_NAMED])}{more}. Nothing was submitted."
+    )
+    refusal.files = tuple(names)
+    raise refusal
 
 
 def _looks_secret(path: Path) -> bool:

@@ -11,7 +11,7 @@
       - InvalidCron, NeverFires, TooFrequent, UnknownTimezone
     + repository
       - RepositoryNotAllowed, RepositoryNotFound, RepositoryUnreachable, RepositoryEmpty, CredentialsInUrl
-      - RepositoryNotPushed, InvalidUpload, UploadIncomplete
+      - RepositoryNotPushed, SecretsFound, InvalidUpload, UploadIncomplete
       - InvalidRef, RefNotFound, RepositoryTooLarge, InvalidRepositoryConfig
   x NotFound
     + TaskNotFound, ScheduleNotFound, KeyNotFound, UploadNotFound, AmbiguousId, NoRoute

@@ -185,6 +185,17 @@ class RepositoryNotPushed(InvalidInput):
     field = "repository"
 
 
+class SecretsFound(InvalidInput):
+    """Files that git does not know yet look like secrets; nothing was submitted."""
+
+    code = "secrets_found"
+    remedy = (
+        "Name them in .gitignore, and they stay at home; or have your user name each in allow_secrets, to go along."
+    )
+    field = "allow_secrets"
+    files: tuple[str, ...] = ()
+
+
 class RepositoryEmpty(InvalidInput):
     """The repository has no commit yet."""
 
