@@ -7,6 +7,7 @@ stdio server waits for none of them.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +17,14 @@ from cloudagent_mcp.operations import Caller, Operation, operations_of
 from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.credentials import Credentials
 from cloudagent_mcp.operations.delegation import Delegation
+from cloudagent_mcp.operations.in_order import InOrder
 from cloudagent_mcp.operations.messages import Messages
 from cloudagent_mcp.operations.results import Results
 from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.submission import Allowed
 from cloudagent_mcp.operations.tasks import Tasks
+from cloudagent_mcp.operations.verification import Verification
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage.errors import CloudAgentError
 from cloudagent_storage.records import LOCAL_ACCOUNT
@@ -116,6 +119,12 @@ class App:
         return Results(lambda: self.store, self.sessions, state_folder=self.settings.cloudagent_home / "apply")
 
     @cached_property
+    def verification(self) -> Verification:
+        return Verification(
+            lambda: self.store, lambda: self.settings.keyring, credentials=self.credentials, ring=self.ring
+        )
+
+    @cached_property
     def schedules(self) -> Schedules:
         return Schedules(
             lambda: self.store,
@@ -130,9 +139,9 @@ class App:
     @cached_property
     def operations(self) -> dict[str, Operation]:
         tasks = operations_of(self.tasks)
-        delegation = Delegation(tasks["submit_task"], tasks["get_task"])
         messages, backlog = Messages(lambda: self.store), Backlog(lambda: self.store)
-        return {**tasks, **operations_of(self.results, delegation, messages, self.schedules, backlog)}
+        plain = tasks | operations_of(self.results, messages, self.schedules, backlog, self.verification)
+        return plain | composed(plain)
 
     def local_caller(self) -> Caller:
         """The user of this machine, working in the current folder."""
@@ -166,3 +175,11 @@ class App:
         for name in ("store", "queue"):
             if name in self.__dict__:
                 getattr(self, name).close()
+
+
+def composed(operations: Mapping[str, Operation]) -> dict[str, Operation]:
+    """The operations that are made of others, wherever those are done."""
+    return operations_of(
+        Delegation(operations["submit_task"], operations["get_task"]),
+        InOrder(operations["apply_task"], operations["verify_task"], operations["get_task"]),
+    )

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from cloudagent_mcp.app import App
+from cloudagent_mcp.app import App, composed
 from cloudagent_mcp.hand_over import for_server
-from cloudagent_mcp.operations import Caller, Operation, check_arguments, operations_of
+from cloudagent_mcp.operations import Caller, Operation, check_arguments
 from cloudagent_mcp.operations.credentials import arguments_of
-from cloudagent_mcp.operations.delegation import Delegation
 from cloudagent_mcp.remote_server import RemoteServer
 from cloudagent_mcp.settings import Settings
 from cloudagent_mcp.untrusted import clean, cut
@@ -61,7 +60,7 @@ class Bridge(App):
             for name, operation in own.items()
         }
         # Made of two others, so that whoever waits here is told how it goes.
-        return remote | operations_of(Delegation(remote["submit_task"], remote["get_task"]))
+        return remote | composed(remote)
 
     @cached_property
     def store(self) -> Store:
@@ -95,6 +94,8 @@ class RemoteOperation(Operation):
                 return await self.server.apply_task(caller.folder, self.marks, **given)
             case "submit_task":
                 given = await self._for_server(caller, given)
+            case "verify_task" if checked["repository"] is not None:
+                given = await self._for_server(caller, {**given, "allow_secrets": None})
             case "create_schedule" | "update_schedule" if isinstance(given.get("task"), dict):
                 task: Mapping[str, Any] = given["task"]
                 new = self.name == "create_schedule"
@@ -143,7 +144,7 @@ class RemoteOperation(Operation):
         self, caller: Caller, task: Mapping[str, Any], *, new: bool = True, within: str = ""
     ) -> dict[str, Any]:
         """A task's arguments with nothing in them that only this machine knows; those of a schedule are `within`."""
-        given = {**self.credentials, **task}
+        given = {**(self.credentials if self.name != "verify_task" else {}), **task}
         name = given.get("repository")
         if name is None and (not new or given.get("continue_task_id")):
             return given  # it stays what it is

@@ -187,19 +187,36 @@ directory = click.option(
 
 
 @task.command("apply")
-@task_id
+@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
 @directory
 @click.option("--dry-run", is_flag=True, help="Only say what would be written.")
 @click.option("--allow-sensitive", multiple=True, metavar="FILE", help="A file that can make a machine execute things.")
 @as_json
 def apply_(
-    task_id: str, directory: Path | None, dry_run: bool, allow_sensitive: tuple[str, ...], as_json: bool
+    task_ids: tuple[str, ...], directory: Path | None, dry_run: bool, allow_sensitive: tuple[str, ...], as_json: bool
 ) -> None:
-    """Write a task's changes into a working tree: all or nothing, with a backup."""
+    """Write a task's changes into a working tree: all or nothing, with a backup.
+
+    Several are applied in order, each verified again on top of those before it, and taken back if that fails.
+    """
+    arguments = {"allow_sensitive": list(allow_sensitive), **_directory(directory)}
+    first, *more = task_ids
+    if more:
+        if dry_run:
+            raise click.UsageError("What is on top of another result is only known once that is applied.")
+        sys.exit(_apply_in_order(task_ids, arguments, as_json))
     with client() as api:
-        arguments = {"dry_run": dry_run, "allow_sensitive": list(allow_sensitive)}
-        done = api.apply(api.resolve(task_id), **arguments, **_directory(directory))
+        done = api.apply(api.resolve(first), dry_run=dry_run, **arguments)
     print_answer(done, as_json, "show_applied")
+
+
+def _apply_in_order(task_ids: tuple[str, ...], arguments: dict[str, Any], as_json: bool) -> int:
+    with client() as api:
+        names = [api.resolve(name) for name in task_ids]
+        while not (done := api.apply_in_order(names, **arguments))["finished"]:
+            pass  # it has waited for most of a minute
+    print_answer(done, as_json, "show_applied_in_order")
+    return EXIT_FAILED if any(step["outcome"] == "undone" for step in done["steps"]) else 0
 
 
 @task.command()

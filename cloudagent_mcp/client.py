@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
 from cloudagent_mcp.app import App
+from cloudagent_mcp.bridge import Bridge
 from cloudagent_mcp.hand_over import for_server
 from cloudagent_mcp.operations import marks_of
 from cloudagent_mcp.operations.backlog import Backlog
@@ -18,12 +19,13 @@ from cloudagent_mcp.operations.messages import Messages
 from cloudagent_mcp.operations.results import Results
 from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.tasks import Tasks
+from cloudagent_mcp.operations.verification import Verification
 from cloudagent_mcp.remote_server import RemoteServer
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
 from cloudagent_storage.records import ID_LENGTH
 
-MARKS = marks_of(Tasks, Results, Messages, Schedules, Backlog)
+MARKS = marks_of(Tasks, Results, Messages, Schedules, Backlog, Verification)
 PAGES_SEARCHED = 10
 T = TypeVar("T")
 Told = Callable[[float, float, str], None]
@@ -39,6 +41,10 @@ class Client(Protocol):
 
     def apply(self, task_id: str, **arguments: Any) -> dict[str, Any]:
         """`apply_task` on this machine, wherever the task is kept."""
+        ...
+
+    def apply_in_order(self, task_ids: Sequence[str], **arguments: Any) -> dict[str, Any]:
+        """`apply_tasks` on this machine, wherever the tasks are kept."""
         ...
 
     def resume(self, task_id: str, directory: Path) -> dict[str, Any]:
@@ -116,6 +122,9 @@ class LocalClient:
     def apply(self, task_id: str, **arguments: Any) -> dict[str, Any]:
         return self.call("apply_task", task_id=task_id, **arguments)
 
+    def apply_in_order(self, task_ids: Sequence[str], **arguments: Any) -> dict[str, Any]:
+        return self.call("apply_tasks", task_ids=list(task_ids), **arguments)
+
     def resume(self, task_id: str, directory: Path) -> dict[str, Any]:
         home = self._app.sessions.bring_home(self._app.local_caller(), task_id, directory)
         return home.model_dump(mode="json")
@@ -134,6 +143,7 @@ class HttpClient:
     def __init__(self, settings: Settings, told: Told | None = None) -> None:
         """`told` hears of uploads, on another thread, while a call waits."""
         self._told = told
+        self._settings = settings
         self._server = RemoteServer(settings)
         self._portal_context = start_blocking_portal()
         self._portal = self._portal_context.__enter__()
@@ -170,6 +180,15 @@ class HttpClient:
 
     def apply(self, task_id: str, **arguments: Any) -> dict[str, Any]:
         done = self._wait_for(lambda: self._server.apply_task(Path.cwd(), MARKS, task_id=task_id, **arguments))
+        return done.model_dump(mode="json")
+
+    def apply_in_order(self, task_ids: Sequence[str], **arguments: Any) -> dict[str, Any]:
+        bridge = Bridge(self._settings)
+        call = functools.partial(bridge.operations["apply_tasks"].call, bridge.local_caller())
+        try:
+            done = self._wait_for(lambda: call({"task_ids": list(task_ids), **arguments}))
+        finally:
+            self._portal.call(bridge.server.close)
         return done.model_dump(mode="json")
 
     def resume(self, task_id: str, directory: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ async def for_server(
     base_ref: object,
     *,
     may_upload: bool,
-    allow_secrets: Sequence[str] = (),
+    allow_secrets: Sequence[str] | None = (),
     tell: Tell | None = None,
 ) -> Mapping[str, str | None]:
     """`repository` and `base_ref` for a server, of what somebody who works in `folder` means by them.
@@ -54,7 +54,9 @@ async def for_server(
             return {"repository": address}
         folder = folder / Path(address).expanduser()
     try:
-        pushed = await in_thread(lambda: repository.find_pushed(folder, base_ref=base_ref, allow_secrets=allow_secrets))
+        pushed = await in_thread(
+            lambda: repository.find_pushed(folder, base_ref=base_ref, allow_secrets=allow_secrets or ())
+        )
     except RepositoryNotFound:
         if name is not None:
             raise
@@ -71,7 +73,7 @@ async def _upload(
     server: RemoteServer,
     folder: Path,
     base_ref: str | None,
-    allow_secrets: Sequence[str],
+    allow_secrets: Sequence[str] | None,
     refusal: RepositoryNotPushed,
     tell: Tell | None,
 ) -> str:

@@ -336,6 +336,15 @@ def show_applied(done: dict[str, Any]) -> None:
         console.print(f"[dim]Its session did not come along ({done['session_refused']}); `ca task resume` says why.[/]")
 
 
+def show_applied_in_order(done: dict[str, Any]) -> None:
+    for step in done["steps"]:
+        verdict = step["verdict"] or "-"
+        style = VERDICT_STYLES.get(verdict, "dim")
+        name = step["task_id"].removeprefix("task_")[:8]
+        console.print(f"[bold]{name}[/] {step['outcome']:<9} [{style}]{verdict:<11}[/]{_safe(step['message'])}")
+    console.print(_safe(done["next_action"]))
+
+
 def show_resumed(home: dict[str, Any]) -> None:
     """Where a session is, and the line to type."""
     there = {"placed": "is here now", "extended": "is here, with what was new", "already_here": "was here already"}

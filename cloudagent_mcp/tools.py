@@ -91,7 +91,7 @@ def _length(answer: Any) -> int:
 def make_tools(operations: Iterable[Operation], caller: Callable[[Context[Any, Any]], Caller]) -> list[Tool]:
     """A tool for every operation. `caller` says who is calling, at the time of the call."""
     named = {operation.name: operation for operation in operations}
-    return [_tool(operation, caller, asking(operation, named)) for operation in named.values()]
+    return [_tool(operation, caller, asking(operation, named)) for operation in named.values() if operation.marked.tool]
 
 
 def _tool(operation: Operation, caller: Callable[[Context[Any, Any]], Caller], asking: Asking) -> Tool:

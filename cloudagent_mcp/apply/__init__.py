@@ -2,6 +2,7 @@
 
 policy.py    which changes are written at all, and which only when the user names them
 plan.py      what is to be done to each file
+layers.py    results on top of each other
 tree.py      files of a working tree, without a way out of it
 journal.py   originals on the disk before the first write
 """
@@ -20,7 +21,8 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from cloudagent_mcp.apply.journal import Journal, Step
+from cloudagent_mcp.apply.journal import Journal, Step, recognised
+from cloudagent_mcp.apply.layers import Layers
 from cloudagent_mcp.apply.plan import make_plan
 from cloudagent_mcp.apply.policy import check_changes, is_notable, is_sensitive, listed
 from cloudagent_mcp.apply.tree import Changed, InTheWay, Tree
@@ -99,7 +101,7 @@ def apply(
             if not changes:
                 raise NoChanges()
             check_changes(quarantine, changes)
-            steps = make_plan(quarantine, changes, target.tree, target.repository)
+            steps = make_plan(quarantine, changes, target.tree, target.repository, target.earlier())
             if not steps:
                 raise AlreadyApplied()
             files = _files_of(quarantine, changes)
@@ -185,7 +187,18 @@ class _Target:
         journal = self.journal()
         if journal is None or self.tree is None or journal.about["fingerprint"] != fingerprint:
             return False
-        return not journal.differing(self.tree)
+        earlier, changes = self.earlier(), journal.changes()
+        try:
+            now = {path: recognised(self.tree.read(path)) for path in journal.differing(self.tree)}
+        except InTheWay:
+            return False
+        return all(earlier.covers(path, changes[path][1], found) for path, found in now.items())
+
+    def earlier(self) -> Layers:
+        """What other results have made of this folder."""
+        folders = (entry for entry in self._state.iterdir() if _TASK_ID.fullmatch(entry.name))
+        journals = [Journal.open(folder) for folder in sorted(folders) if folder.name != self._task_id]
+        return Layers([journal for journal in journals if journal is not None])
 
     def check_holds_base(self, quarantine: Quarantine) -> None:
         """Is this the repository that the task started from?"""

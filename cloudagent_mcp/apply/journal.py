@@ -54,7 +54,7 @@ class Journal:
             kept: list[dict[str, Any]] = []
             for step in steps:
                 before = None if step.before is None else _kept(step.before, at=originals.tell())
-                after = None if step.after is None else _recognised(step.after)
+                after = recognised(step.after)
                 kept.append({"path": step.path, "before": before, "after": after})
                 originals.write(b"" if step.before is None else step.before.data)
             originals.flush()
@@ -81,6 +81,14 @@ class Journal:
     def about(self) -> dict[str, Any]:
         """What its maker wanted to remember."""
         return self._entry["about"]
+
+    def changes(self) -> dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]:
+        """What every file was before and is after it, as `recognised` says it."""
+        originals = (self._folder / "originals").read_bytes()
+        return {
+            step["path"]: (recognised(_restored(step["before"], originals)), step["after"])
+            for step in self._entry["steps"]
+        }
 
     def write(self, tree: Tree, steps: Sequence[Step]) -> None:
         """Do it. Raises `Changed`, `InTheWay`, OSError: then `take_back` is due."""
@@ -202,12 +210,15 @@ def _restored(kept: dict[str, Any] | None, originals: bytes) -> File | None:
     return File(originals[kept["at"] : kept["at"] + kept["size"]], mode=kept["mode"], link=kept["link"])
 
 
-def _recognised(file: File) -> dict[str, Any]:
+def recognised(file: File | None) -> dict[str, Any] | None:
+    """By what a file is known again; None is no file."""
+    if file is None:
+        return None
     return {"sha256": hashlib.sha256(file.data).hexdigest(), "executable": file.executable, "link": file.link}
 
 
-def _matches(file: File | None, recognised: dict[str, Any] | None) -> bool:
-    return (None if file is None else _recognised(file)) == recognised
+def _matches(file: File | None, known: dict[str, Any] | None) -> bool:
+    return recognised(file) == known
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cloudagent_mcp.apply.journal import Step
+from cloudagent_mcp.apply.layers import Layers
 from cloudagent_mcp.apply.policy import folded, link_goal, listed, unsafe
 from cloudagent_mcp.apply.tree import File, InTheWay, Tree, same
 from cloudagent_queue import git
@@ -19,12 +20,17 @@ _SYMLINK = "120000"
 
 
 def make_plan(
-    quarantine: Quarantine, files: Sequence[ChangedFile], tree: Tree | None, repository: LocalRepository | None
+    quarantine: Quarantine,
+    files: Sequence[ChangedFile],
+    tree: Tree | None,
+    repository: LocalRepository | None,
+    earlier: Layers,
 ) -> list[Step]:
     """The writes that bring the result into a working tree; none when it is there already.
 
     With W the file here, B the base's and R the result's: W = R needs nothing; W = B becomes R; a W that the user has
-    committed meanwhile is merged with R. Anything else, and a merge that does not work out, is a conflict.
+    committed meanwhile, or that is as an `earlier` result left it, is merged with R. Anything else, and a merge that
+    does not work out, is a conflict.
     Raises `ApplyConflict` and `UnsafeChange`, naming the files.
     """
     base = _contents(quarantine, {f.path: (f.old_mode, f.old_id) for f in files}, repository)
@@ -52,7 +58,7 @@ def make_plan(
             steps.append(Step(file.path, here, after))
         else:
             to_merge.append(Step(file.path, here, after))
-    clean = _committed(repository, to_merge)
+    clean = _committed(repository, to_merge) | {s.path for s in to_merge if earlier.left(s.path, s.before)}
     for step in to_merge:
         merged = _merged(step, base.get(step.path)) if step.path in clean else None
         if merged is None:

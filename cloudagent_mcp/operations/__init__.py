@@ -69,6 +69,8 @@ class Marked:
     idempotent: bool
     open_world: bool
     status: int
+    tool: bool
+    """Is it one that models are told of?"""
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,10 @@ def operation(
     idempotent: bool = False,
     open_world: bool = False,
     status: int = 200,
+    tool: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Mark a method as an operation. The flags are MCP's tool annotations; `status` is REST's on success."""
-    marked = Marked(method, path, title, read_only, destructive, idempotent, open_world, status)
+    marked = Marked(method, path, title, read_only, destructive, idempotent, open_world, status, tool)
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__operation__ = marked  # pyright: ignore[reportFunctionMemberAccess]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from pydantic import Field, WithJsonSchema
 
 from cloudagent_mcp.operations import Caller, in_thread, operation
-from cloudagent_mcp.operations.credentials import Credentials, secret
+from cloudagent_mcp.operations.credentials import Credentials, sealed_for_git, secret
 from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.submission import Allowed, check_task, find_source, going_on
 from cloudagent_mcp.operations.waiting import brief_line, wait_for
@@ -34,7 +34,6 @@ from cloudagent_storage.records import (
     Task,
     TaskPage,
     TaskStatus,
-    bound_for_git,
     new_id,
 )
 
@@ -237,7 +236,7 @@ class Tasks:
             config=source.config,
             manifests=source.manifests,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
-            git_credentials=self._sealed_for_git(task_id, tokens),
+            git_credentials=sealed_for_git(self._keyring, task_id, tokens),
             blobs={**({"input": source.bundle} if source.bundle is not None else {}), **conversation},
             lines=[EventDraft(kind="status", message="Queued."), *source.warnings],
             idempotency=idempotency,
@@ -348,7 +347,7 @@ class Tasks:
             config=config if bundle is not None else None,
             manifests=manifests if bundle is not None else None,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=again),
-            git_credentials=self._sealed_for_git(again, self._credentials.for_git(caller, None)),
+            git_credentials=sealed_for_git(self._keyring, again, self._credentials.for_git(caller, None)),
             blobs={**({"input": bundle} if bundle is not None else {}), **self._sessions.again(caller, task_id, again)},
             lines=[EventDraft(kind="status", message=f"Queued, to try {task_id} once more.")],
             retry_of=task_id,
@@ -403,11 +402,6 @@ class Tasks:
 
     # -- shared ---------------------------------------------------------------------------------------------------
 
-    def _sealed_for_git(self, task_id: str, tokens: dict[str, str]) -> bytes | None:
-        if not tokens:
-            return None
-        return self._keyring().seal(json.dumps(tokens).encode(), bound_to=bound_for_git(task_id))
-
     @staticmethod
     def _in_thread(function: Callable[..., T], *arguments: object) -> Awaitable[T]:
         return in_thread(lambda: function(*arguments))
@@ -422,6 +416,8 @@ def advise(task: Task) -> Task:
             step, pause = f"Wait with get_task(task_id={task.task_id!r}, wait_seconds=50).", 5.0
         case TaskStatus.WAITING:
             step, pause = f"Its agent asks `question`. {how_to_answer(task.task_id, task.asked)}", 5.0
+        case TaskStatus.COMPLETED if task.agent == "none":
+            step, pause = f"Nothing is to be applied: it was only verified, and the verdict is {task.verdict}.", None
         case TaskStatus.COMPLETED if task.result is None or not _changed(task):
             step, pause = "No file was changed; the agent's answer is in result.summary.", None
         case TaskStatus.COMPLETED:

@@ -72,7 +72,10 @@ class Agent(Protocol):
         ...
 
 
-AGENTS: Mapping[str, tuple[str, str]] = {"claude": ("cloudagent_queue.agents.claude", "Claude")}
+AGENTS: Mapping[str, tuple[str, str]] = {
+    "claude": ("cloudagent_queue.agents.claude", "Claude"),
+    "none": ("cloudagent_queue.agents.none", "NoAgent"),
+}
 
 
 def open_agent(name: str) -> Agent:

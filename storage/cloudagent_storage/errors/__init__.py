@@ -17,7 +17,7 @@
     + TaskNotFound, ScheduleNotFound, KeyNotFound, UploadNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
     + NotReady, TaskEnded, QuestionClosed, NoChanges, AlreadyApplied, NothingToUndo, Busy
-    + TaskExpired
+    + TaskExpired, NothingToVerifyBy
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
     + LimitReached
     + SessionRefused              a conversation is not brought home

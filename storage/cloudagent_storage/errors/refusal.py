@@ -105,6 +105,13 @@ class NoChanges(NotNow):
     field = "task_id"
 
 
+class NothingToVerifyBy(NotNow):
+    """The task has no verify command."""
+
+    code = "nothing_to_verify_by"
+    remedy = "Submit it with `verify`, or set that in the repository's .cloudagent.toml."
+
+
 class AlreadyApplied(NotNow):
     """The working tree already holds this task's result."""
 
