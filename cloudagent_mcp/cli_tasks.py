@@ -296,6 +296,25 @@ def retry(task_id: str, as_json: bool) -> None:
     print_answer(created, as_json, "show_created")
 
 
+@task.command()
+@task_id
+@click.option("--repository", help="Run it on this repository, such as . for what is here. Default: on its result.")
+@click.option("--watch", is_flag=True, help="Then watch it to its end.")
+@as_json
+def verify(task_id: str, repository: str | None, watch: bool, as_json: bool) -> None:
+    """Run the verify command of a task that has ended once more, in a sandbox, as a task without an agent."""
+    from cloudagent_mcp.render import show_created
+
+    with client() as api:
+        created = api.call("verify_task", task_id=api.resolve(task_id), **given({"repository": repository}))
+        if as_json and not watch:
+            click.echo(json.dumps(created))
+        elif not as_json:
+            show_created(created, hint=not watch)
+        if watch:
+            sys.exit(_watch(api, created["task_id"], as_json))
+
+
 def exit_code(task: dict[str, Any]) -> int:
     """0 when a task has completed and its verdict is not failed."""
     return 0 if task["status"] == "completed" and task["verdict"] != "failed" else EXIT_FAILED

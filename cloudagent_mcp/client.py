@@ -154,6 +154,8 @@ class HttpClient:
     async def _call(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if name == "submit_task":
             arguments = await self._placed(arguments, may_upload=True)
+        elif name == "verify_task" and arguments.get("repository") is not None:
+            arguments = await self._placed({**arguments, "allow_secrets": None}, may_upload=True)
         elif name in ("create_schedule", "update_schedule") and arguments.get("task") is not None:
             task: Mapping[str, Any] = arguments["task"]
             if name == "create_schedule" or task.get("repository") is not None:

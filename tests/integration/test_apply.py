@@ -439,3 +439,53 @@ def test_a_task_id_is_no_path(desk: Desk) -> None:
     for name in ("../../x", "task_../x", "", "task_" + "a" * 25):
         with pytest.raises(TaskNotFound):
             undo(desk.shop, task_id=name, state_folder=desk.state)
+
+
+# -- on top of each other ---------------------------------------------------------------------------------------------
+
+
+def test_results_that_change_the_same_file_in_different_places_are_merged_and_taken_back_in_turn(desk: Desk) -> None:
+    one, other = desk.workshop(), desk.workshop()
+    first = one.result({"a.txt": LINES.replace("line 1\n", "FIRST\n"), "new.txt": "new\n"})
+    second = other.result({"a.txt": LINES.replace("line 9", "SECOND")})
+    start = files_of(desk.shop)
+    desk.apply(first)
+    between = files_of(desk.shop)
+    assert desk.apply(second).outcome == "applied"
+    assert (desk.shop / "a.txt").read_text() == LINES.replace("line 1\n", "FIRST\n").replace("line 9", "SECOND")
+    desk.refuses(AlreadyApplied, first)  # though it is covered by the second
+    desk.refuses(AlreadyApplied, second)
+    with pytest.raises(ApplyConflict, match=r"a\.txt"):
+        desk.undo(first)
+    desk.undo(second)
+    assert files_of(desk.shop) == between
+    desk.undo(first)
+    assert files_of(desk.shop) == start
+
+
+def test_results_that_change_the_same_lines_are_a_conflict(desk: Desk) -> None:
+    first, second = (desk.workshop().result({"a.txt": LINES.replace("line 5", word)}) for word in ("ONE", "TWO"))
+    desk.apply(first)
+    desk.refuses(ApplyConflict, second, naming="a.txt")
+
+
+def test_a_result_that_the_user_has_edited_since_is_not_merged_with(desk: Desk) -> None:
+    first = desk.workshop().result({"a.txt": LINES.replace("line 1\n", "FIRST\n")})
+    second = desk.workshop().result({"a.txt": LINES.replace("line 9", "SECOND")})
+    desk.apply(first)
+    (desk.shop / "a.txt").write_text((desk.shop / "a.txt").read_text().replace("line 5", "mine, and kept nowhere"))
+    desk.refuses(ApplyConflict, second, naming="a.txt")
+    desk.refuses(ApplyConflict, first, naming="a.txt")
+    (desk.shop / "a.txt").write_text((desk.shop / "a.txt").read_text().replace("mine, and kept nowhere", "line 5"))
+    desk.apply(second)
+    (desk.shop / "a.txt").write_text("mine\n")
+    desk.refuses(ApplyConflict, first, naming="a.txt")
+
+
+def test_a_result_that_was_taken_away_by_hand_is_not_taken_for_applied(desk: Desk) -> None:
+    first = desk.workshop().result({"a.txt": LINES.replace("line 1\n", "FIRST\n"), "sub/c.txt": None})
+    second = desk.workshop().result({"a.txt": LINES.replace("line 9", "SECOND")})
+    desk.apply(first)
+    desk.apply(second)
+    git(desk.shop, "checkout", "-q", "--", ".")
+    assert desk.apply(first).outcome == "applied"

@@ -19,11 +19,11 @@ from cloudagent_mcp.operations import Caller
 from cloudagent_mcp.server import mcp_server
 from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import TaskNotFound
-from cloudagent_storage.records import LOCAL_ACCOUNT, Question, TaskSpec, TaskStatus
+from cloudagent_storage.records import LOCAL_ACCOUNT, Question, TaskSpec
 from cloudagent_storage.store import Store
 from tests.integration.test_http_server import KEY, url
 from tests.support.git_repos import Workshop, make_repository
-from tests.support.stored import ask, claimed, queued
+from tests.support.stored import ask, claimed, completed, queued
 from tests.support.worlds import World
 
 pytestmark = pytest.mark.anyio
@@ -255,20 +255,7 @@ def shop(tmp_path: Path) -> Path:
 def finished(store: Store, shop: Path, folder: Path, files: dict[str, str]) -> str:
     """A task that has completed with these files, of that repository."""
     result = Workshop(folder, bundle_working_tree(shop, base_ref=None).bundle).result(files)
-    spec = TaskSpec(prompt="x", title="x", repository=str(shop))
-    assert result.input_bundle is not None
-    store.tasks.add(
-        LOCAL_ACCOUNT,
-        spec,
-        task_id=result.task_id,
-        base_sha=result.base_sha,
-        blobs={"input": result.input_bundle},
-        credentials=b"",
-    )
-    claim = claimed(store, result.task_id)
-    store.blobs.put(result.task_id, "result", result.result_bundle, attempt=claim.attempt)
-    store.tasks.finish(result.task_id, claim.attempt, status=TaskStatus.COMPLETED)
-    return result.task_id
+    return completed(store, result, TaskSpec(prompt="x", title="x", repository=str(shop)))
 
 
 SENSITIVE = {"a.txt": "b\n", ".envrc": "touch owned\n", ".vscode/tasks.json": "{}\n"}

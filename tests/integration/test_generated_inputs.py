@@ -170,12 +170,12 @@ def waits_for_the_end(tool: str) -> bool:
 TOOLS = [
     "submit_task", "get_task", "wait_tasks", "list_tasks", "cancel_task", "retry_task", "get_task_logs",
     "get_task_diff", "apply_task", "get_queue", "create_schedule", "list_schedules", "get_schedule", "update_schedule",
-    "delete_schedule", "run_schedule", "delegate", "send_message", "list_pending_questions",
+    "delete_schedule", "run_schedule", "delegate", "send_message", "list_pending_questions", "apply_tasks",
 ]  # fmt: skip
 
 
 def test_the_tools_are_all_there_are(session: Session) -> None:
-    assert set(session.app.operations) == set(TOOLS)
+    assert {name for name, found in session.app.operations.items() if found.marked.tool} == set(TOOLS)
 
 
 @pytest.mark.parametrize("tool", TOOLS)

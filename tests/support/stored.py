@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import psycopg2
 
-from cloudagent_storage.records import LOCAL_ACCOUNT, Claim, EventDraft, Question, TaskSpec
+from cloudagent_storage.records import LOCAL_ACCOUNT, Claim, EventDraft, Question, TaskSpec, TaskStatus, Verdict
 from cloudagent_storage.store import Store
+from tests.support.git_repos import Result
 
 T = TypeVar("T")
 
@@ -37,6 +38,23 @@ def claimed(store: Store, task_id: str | None = None, *, lease_s: float = 60.0) 
     claim = store.tasks.claim(task_id or queued(store), worker="worker", lease_s=lease_s)
     assert claim is not None
     return claim
+
+
+def completed(store: Store, result: Result, spec: TaskSpec, *, account_id: str = LOCAL_ACCOUNT) -> str:
+    """The id of a task that has ended with that result."""
+    assert result.input_bundle is not None
+    store.tasks.add(
+        account_id,
+        spec,
+        task_id=result.task_id,
+        base_sha=result.base_sha,
+        blobs={"input": result.input_bundle},
+        credentials=b"",
+    )
+    claim = claimed(store, result.task_id)
+    store.blobs.put(result.task_id, "result", result.result_bundle, attempt=claim.attempt)
+    store.tasks.finish(result.task_id, claim.attempt, status=TaskStatus.COMPLETED, verdict=Verdict.PASSED)
+    return result.task_id
 
 
 def ask(store: Store, task_id: str, attempt: int, text: str | None = "Which one?", *, lease_s: float = 60.0) -> None:
