@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import secrets
-import unicodedata
 from typing import overload
 
-KEPT = "\n\t"
-
-
-def clean(text: str) -> str:
-    """Without control, bidi, zero-width, tag and other invisible characters; ANSI sequences lose their escape."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        c for c in text if c in KEPT or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-    )
+from cloudagent_queue.redact import clean as clean
 
 
 def fence(text: str) -> str:

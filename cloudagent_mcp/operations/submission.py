@@ -65,7 +65,11 @@ def check_task(asked: Mapping[str, Any], allowed: Allowed, *, own_user: bool) ->
 
 def going_on(asked: Mapping[str, Any], earlier: TaskSpec) -> dict[str, Any]:
     """The arguments for a task that goes on from another one: of what is left out, what stays as it was."""
-    stays = {name: getattr(earlier, name) for name in ("model", "provider", "verify", "setup") if asked[name] is None}
+    stays = {
+        name: getattr(earlier, name)
+        for name in ("model", "provider", "verify", "retries", "setup")
+        if asked[name] is None
+    }
     return {**asked, **stays, "base_ref": earlier.base_ref, "egress": asked["egress"] or list(earlier.egress)}
 
 

@@ -21,6 +21,7 @@ from cloudagent_queue.agents import open_agent
 from cloudagent_queue.repository import upload_in
 from cloudagent_storage.errors import NotReady, StartGiven
 from cloudagent_storage.records import (
+    RETRIES_MAX,
     Asked,
     BlobKind,
     EventDraft,
@@ -144,6 +145,9 @@ class Tasks:
                 description="Shell command that passes if the result is right; run in a clean checkout.",
             ),
         ] = None,
+        retries: Annotated[
+            int | None, Field(ge=0, le=RETRIES_MAX, description="How often the agent may mend what fails it.")
+        ] = None,
         setup: Annotated[
             str | None,
             Field(max_length=10_000, description="Shell command that is run in the repository before the agent."),
@@ -188,6 +192,7 @@ class Tasks:
             "title": title,
             "model": model,
             "verify": verify,
+            "retries": retries,
             "setup": setup,
             "on_interrupt": on_interrupt,
             "timeout_minutes": timeout_minutes,

@@ -9,9 +9,9 @@ import time
 
 from cloudagent_queue import repository
 from cloudagent_queue.agents import EVENTS
-from cloudagent_queue.follow import CHUNK, Ending, LogReader, read_result
+from cloudagent_queue.follow import CHUNK, Ending, LogReader
 from cloudagent_queue.placement import Draining, Ended, Placement
-from cloudagent_queue.talk import Talk, open_question
+from cloudagent_queue.talk import Talk
 from cloudagent_storage.errors import (
     CloudAgentError,
     DatabaseUnavailable,
@@ -29,9 +29,9 @@ from cloudagent_storage.records import (
     Level,
     Phase,
     Result,
+    TaskError,
     TaskStatus,
     Verdict,
-    VerifyResult,
 )
 
 log = logging.getLogger(__name__)
@@ -43,14 +43,26 @@ BUSY_MAX_S = 24 * 3600.0
 class Attempt(Placement):
     """One claim of one task; the steps of `run_task`."""
 
-    def work(self) -> Ending:
-        """Bring an agent to its end: the one that an earlier attempt left running, or a new one."""
+    def work(self, *, again_after: Ending | None = None) -> Ending:
+        """Bring an agent to its end: the one that an earlier attempt left running, or a new one.
+
+        With `again_after` the agent had ended so, and goes on with what the verify command said.
+        """
+        ending = self.bring_to_end(again_after)
+        return ending.of_a_retry(again_after) if self.retries_used else ending
+
+    def bring_to_end(self, again_after: Ending | None) -> Ending:
         try:
-            self.heed(self.claim.config)
-            adopted = self.adopt_sandbox()
+            adopted = False
+            if again_after is None:
+                self.heed(self.claim.config)
+                adopted = self.adopt_sandbox()
             while True:
                 try:
-                    if not adopted:
+                    if again_after is not None:
+                        before, again_after = again_after, None
+                        self.start_retry(before)
+                    elif not adopted:
                         bundle = self.bring_repository()
                         self.create_sandbox()
                         self.prepare_repository(bundle)
@@ -140,6 +152,41 @@ class Attempt(Placement):
         if not self.agent_has_run and self.start_bundle() is None:  # else an agent's work would be in it
             self.keep_set_up()
 
+    def may_retry(self, ending: Ending) -> bool:
+        """Is the result known to be wrong, and are a retry and something of every limit left?"""
+        retries = self.spec.retries or 0
+        wrong = ending.status is TaskStatus.COMPLETED and self.verdict is Verdict.FAILED and self.sandbox is not None
+        if not wrong or ending.retry_error is not None or self.retries_used >= retries:
+            return False
+        spec, used = self.spec, ending.usage or self.usage
+        limits = {
+            "timeout_minutes": self.running_s >= spec.timeout_minutes * 60,
+            "max_turns": spec.max_turns is not None and used.turns >= spec.max_turns,
+            "max_budget_usd": spec.max_budget_usd is not None and used.cost_usd >= spec.max_budget_usd,
+        }
+        if reached := [name for name, is_reached in limits.items() if is_reached]:
+            self.note(f"No retry: {' and '.join(reached)} of the task used up.", level=Level.WARNING)
+        return not reached
+
+    def start_retry(self, before: Ending) -> None:
+        """Start the agent once more, in the same conversation, to mend what failed."""
+        failed = self.result.verify
+        assert failed is not None
+        how = "did not end in time" if failed.exit_code is None else f"failed with exit code {failed.exit_code}"
+        self.stop_if_cancelled()
+        self.note(failed.output or "The verify command printed nothing.", kind="tool_result")
+        retry = f"retry {self.retries_used + 1} of {self.spec.retries}"
+        self.note(f"Verify {how}; its output goes back to the agent ({retry}).", level=Level.WARNING)
+        self.go_on_from_result()
+        self.left = "checkpoint"
+        self.usage = self.whole_usage(before.usage or self.usage)
+        # The next phase that is entered takes these into the row with it: so none is spent twice, and none is for free.
+        self.retries_used, self.failed = self.retries_used + 1, failed
+        if self.session_ends():
+            self.enter(Phase.AGENT)
+            raise _SessionEnds
+        self.start_agent()
+
     def start_agent(self) -> None:
         self.stop_if_cancelled()
         own = self.kept_session("session")
@@ -148,21 +195,23 @@ class Attempt(Placement):
             self.spec,
             session=own or self.kept_session("conversation"),
             interrupted=own is not None,
-            goes_on=self.agent_has_run,
+            goes_on=self.agent_has_run and not self.agent_is_here,
             used=self.usage,
+            number=self.number,
+            failed=self.failed,
         )
         # Before the start, not after it: an attempt that finds this phase never sets the repository up again.
         self.enter(Phase.AGENT)
         self.agent_has_run = self.agent_is_here = True
-        self.agent.start(self.box, env=self.agent_env)
+        self.agent.start(self.box, env=self.agent_env, number=self.number)
 
     def follow(self) -> Ending:
         """Read the agent's log into the store until the agent ends, or has to be ended."""
-        reader = LogReader(self.log_offset, self.redactor, question=open_question(self.claim))
+        reader = LogReader(self.log_offset, self.redactor, question=self.question)
         limit_s = self.spec.timeout_minutes * 60
         if self.phase in (Phase.SAVE, Phase.VERIFY):
             # It had ended when an earlier attempt died; what it was stopped for, if it was, is still so.
-            ended = read_result(self.box)
+            ended = self.said_at_its_end()
             why = self.reason_to_stop(self.running_s, limit_s, 0, reader)
             if why is not None and (ended is None or ended.status is not TaskStatus.COMPLETED):
                 return why.with_summary_of(ended)
@@ -187,7 +236,7 @@ class Attempt(Placement):
                 started, last_event = started + now - before, now
             ended = None
             if not alive or now - result_at > self.timers.signals_s:  # a runner may hang when it has ended
-                ended, result_at = read_result(self.box), now
+                ended, result_at = self.said_at_its_end(), now
             if events := reader.take(chunk):
                 last_event = now
             said = any(event.kind in ("question", "answer") for event in events)
@@ -205,6 +254,7 @@ class Attempt(Placement):
                     question=reader.question if said else ...,
                 )
                 self.lease.renewed(signals)
+                self.log_offset, self.question = reader.offset, reader.question
                 # What it said to its end is read, unless something that it left behind talks on and on.
                 over = ended is not None or not alive
                 died_at = now if died_at is None and over else died_at
@@ -253,12 +303,15 @@ class Attempt(Placement):
             elif (ending := self.reason_to_stop(self.running_s, limit_s, now - last_event, reader)) is not None:
                 asked_to_stop = (now, ending)
                 self.note(ending.why, level=Level.WARNING)
-                self.agent.tell(self.box, "stop", {"kind": "stop", "reason": ending.why})
+                self.tell_to_stop(ending.why)
             elif self.session_ends():
                 asked_to_stop = (now, None)
-                self.agent.tell(self.box, "stop", {"kind": "stop", "reason": "The sandbox's time is nearly up."})
+                self.tell_to_stop("The sandbox's time is nearly up.")
             if more:
                 self.worker.stopping.wait(self.timers.poll_s)  # what an agent says at once is taken at once
+
+    def tell_to_stop(self, why: str) -> None:
+        self.agent.tell(self.box, "stop", {"kind": "stop", "reason": why, "number": self.number})
 
     def reason_to_stop(self, running_s: float, limit_s: float, quiet_s: float, reader: LogReader) -> Ending | None:
         if self.lease.signals.cancel_requested:
@@ -287,13 +340,10 @@ class Attempt(Placement):
             return False
         self.enter(Phase.SAVE)
         branch = self.claim.task.branch
-        self.result = Result(artifacts=Artifacts(branch=branch))
+        self.result, self.verdict = Result(artifacts=Artifacts(branch=branch)), Verdict.UNVERIFIED
         try:
             bundle = self.collect() if self.agent_is_here else self.kept(self.left) or self.start_bundle()
-            if bundle is None:
-                self.note("The agent changed no file.")
-                return True
-            changes = repository.inspect(self.input_bundle(), self.base_sha, bundle, branch)
+            changes = None if bundle is None else self.inspected(bundle)
         except (LeaseLost, SandboxGone, SandboxUnreachable, DatabaseUnavailable):
             raise
         except Exception as error:
@@ -303,25 +353,39 @@ class Attempt(Placement):
             if self.agent_is_here:
                 self.box.alive()  # raises SandboxGone where that is why; another attempt goes on from the checkpoint
             self.note(f"The agent's work could not be brought out: {error.message}", level=Level.ERROR, kind="error")
-            return False
+            if not self.retries_used or (bundle := self.kept("result")) is None:
+                return False
+            self.note("What was saved before its last retry stays.", level=Level.WARNING)
+            changes = self.inspected(bundle)
+        if self.failed is not None and self.failed.commit == (self.base_sha if changes is None else changes.head):
+            self.verdict = Verdict.FAILED  # it is what was checked before the last retry
+        if bundle is None or changes is None:
+            self.blobs.drop(self.task_id, ["result", "diff"], attempt=self.claim.attempt)  # of before a retry
+            self.note("The agent changed no file.")
+            return True
         self.keep({"result": bundle, "diff": self.redactor.data(changes.diff)})
         self.result = Result(
+            verify=self.failed if self.verdict is Verdict.FAILED else None,
             artifacts=Artifacts(
                 branch=branch,
                 commits=changes.commits,
                 files_changed=len(changes.files),
                 insertions=changes.insertions,
                 deletions=changes.deletions,
-            )
+            ),
         )
         self.note(f"Saved: {_files(len(changes.files))} changed, +{changes.insertions} -{changes.deletions} lines.")
         return True
+
+    def inspected(self, bundle: bytes) -> repository.Changes:
+        assert self.base_sha is not None
+        return repository.inspect(self.input_bundle(), self.base_sha, bundle, self.claim.task.branch)
 
     def collect(self) -> bytes | None:
         """End all processes and bring out what the agent did and said; None when it changed nothing."""
         assert self.base_sha is not None
         self.box.end_processes()
-        if (session := self.agent.session(self.box)) is not None:
+        if (session := self.agent.session(self.box, self.number)) is not None:
             self.keep({"session": self.sealed(session)})
         message = f"{self.spec.title}\n\nTask {self.task_id}"
         return repository.collect(self.box, base_sha=self.base_sha, branch=self.claim.task.branch, message=message)
@@ -331,7 +395,8 @@ class Attempt(Placement):
         if self.spec.verify is None:
             return ending
         if self.sandbox is None:
-            self.note("The sandbox died before the result could be verified.", level=Level.WARNING)
+            if self.verdict is Verdict.UNVERIFIED:
+                self.note("The sandbox died before the result could be verified.", level=Level.WARNING)
             return ending
         try:
             self.enter(Phase.VERIFY)
@@ -357,7 +422,8 @@ class Attempt(Placement):
             self.note(f"The verify command could not be run: {error.message}", level=Level.ERROR, kind="error")
             return ending
         self.verdict = Verdict.PASSED if done.exit_code == 0 else Verdict.FAILED
-        done = VerifyResult(command=done.command, exit_code=done.exit_code, output=self.redactor.text(done.output))
+        output = self.redactor.text(done.output)[-repository.OUTPUT_LIMIT :]  # cut last: no half of a secret is left
+        done = done.model_copy(update={"output": output, "tries": self.number})
         self.result = self.result.model_copy(update={"verify": done})
         level = Level.INFO if self.verdict is Verdict.PASSED else Level.WARNING
         self.note(f"Verdict: {self.verdict}.", level=level)
@@ -365,10 +431,9 @@ class Attempt(Placement):
 
     def finish(self, ending: Ending) -> None:
         summary = None if ending.summary is None else self.redactor.text(ending.summary)
-        error = ending.error
-        if error is not None:
-            error = error.model_copy(update={"message": self.redactor.text(error.message)})
-        level = Level.INFO if ending.status is TaskStatus.COMPLETED else Level.WARNING
+        error, retry_error = self.told(ending.error), self.told(ending.retry_error)
+        well = ending.status is TaskStatus.COMPLETED and retry_error is None
+        level = Level.INFO if well else Level.WARNING
         self.lease.check()
         self.blobs.drop(self.task_id, ["checkpoint"], attempt=self.claim.attempt)
         if ending.model is not None and self.spec.model is None:
@@ -378,7 +443,9 @@ class Attempt(Placement):
             self.claim.attempt,
             status=ending.status,
             verdict=self.verdict if ending.status is TaskStatus.COMPLETED else None,
-            result=self.result.model_copy(update={"summary": summary, "blocked_hosts": self.blocked_hosts()})
+            result=self.result.model_copy(
+                update={"summary": summary, "retry_error": retry_error, "blocked_hosts": self.blocked_hosts()}
+            )
             if self.agent_has_run
             else None,
             error=error,
@@ -389,6 +456,9 @@ class Attempt(Placement):
                 )
             ],
         )
+
+    def told(self, error: TaskError | None) -> TaskError | None:
+        return None if error is None else error.model_copy(update={"message": self.redactor.text(error.message)})
 
     def blocked_hosts(self) -> tuple[str, ...]:
         """What the sandbox's processes wanted to reach and may not."""

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
-from cloudagent_queue.agents import RESULT
+from cloudagent_queue.agents import result_of
 from cloudagent_queue.redact import Redactor
 from cloudagent_queue.sandboxes import Sandbox
 from cloudagent_storage.errors import CloudAgentError
@@ -69,6 +69,8 @@ class Ending:
     """The model that spoke, as the agent names it."""
     stopped: bool = False
     """Did it end because it was asked to?"""
+    retry_error: TaskError | None = None
+    """Why an agent was not done that had been done before, and went on after a failed verify."""
 
     @classmethod
     def failed(cls, code: TaskErrorCode, message: str, remedy: str) -> Ending:
@@ -88,7 +90,16 @@ class Ending:
 
     @property
     def why(self) -> str:
+        if self.retry_error is not None:
+            return f"Its last retry was cut short: {self.retry_error.message}"
         return "" if self.error is None else self.error.message
+
+    def of_a_retry(self, earlier: Ending | None) -> Ending:
+        """How a task ends whose agent had been done before: as completed, unless somebody cancelled it."""
+        ending = self if earlier is None or self.summary else replace(self, summary=earlier.summary)
+        if ending.status is not TaskStatus.FAILED:
+            return ending
+        return replace(ending, status=TaskStatus.COMPLETED, error=None, retry_error=ending.error)
 
     def with_summary_of(self, other: Ending | None) -> Ending:
         """This ending, with the last words and the usage of the agent that was stopped."""
@@ -97,9 +108,9 @@ class Ending:
         return replace(self, summary=other.summary, usage=other.usage, model=other.model)
 
 
-def read_result(sandbox: Sandbox) -> Ending | None:
-    """How the runner says that the agent ended; None while it runs, or when it died without a word."""
-    data = sandbox.read(RESULT, max_bytes=RESULT_MAX)
+def read_result(sandbox: Sandbox, number: int = 1) -> Ending | None:
+    """How the `number`-th runner says that the agent ended; None while it runs, or when it died without a word."""
+    data = sandbox.read(result_of(number), max_bytes=RESULT_MAX)
     if not data:
         return None
     try:

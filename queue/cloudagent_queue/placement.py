@@ -40,14 +40,17 @@ from cloudagent_storage.records import (
     KeptTemplate,
     Level,
     Phase,
+    Question,
     Result,
     TaskErrorCode,
     TaskStatus,
     Usage,
     Verdict,
+    VerifyResult,
     bound_for_git,
     new_id,
 )
+from cloudagent_storage.store import Changes
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +111,14 @@ class Placement:
         self.sandbox_age_s = claim.sandbox_age_s
         """How old it was then."""
         self.log_offset = claim.log_offset
+        self.question: Question | None = _open_question(claim)
+        """What its agent asks, as far as the log has been read."""
         self.running_s = claim.running_seconds
         """How long agents have run before `follow`."""
         self.losses = claim.sandbox_losses
+        self.retries_used = claim.task.retries_used
+        self.failed: VerifyResult | None = claim.failed_verify
+        """What the agent was told of when it last went on after a failed verify."""
         self.phase = claim.task.phase
         self.manifests = claim.manifests
         self.is_set_up = False
@@ -158,10 +166,10 @@ class Placement:
                 self.sandbox, self.sandbox_since = sandbox, time.monotonic()
                 self.agent_has_run = self.agent_is_here = True
                 self.note(f"Attempt {self.claim.attempt} goes on in the same sandbox.")
-                if self.claim.task.phase is Phase.AGENT and read_result(sandbox) is None and not sandbox.alive():
-                    # Only where the last worker died just before the start: a sandbox starts one command in its life.
+                if self.claim.task.phase is Phase.AGENT and self.said_at_its_end() is None and not sandbox.alive():
+                    # Only where the last worker died just before the start: a sandbox starts each number once.
                     with contextlib.suppress(SandboxError):
-                        self.agent.start(sandbox, env=self.agent_env)
+                        self.agent.start(sandbox, env=self.agent_env, number=self.number)
                 return True
             sandbox.kill()
         else:
@@ -185,6 +193,8 @@ class Placement:
             self.end("sandbox_lost", why, "What was kept of its work is saved; retry_task tries it once more.")
         if self.spec.on_interrupt == "restart":
             self.blobs.drop(self.task_id, ["checkpoint", "session"], attempt=self.claim.attempt)
+            if self.retries_used:
+                self.go_on_from_result()
         self.left = "checkpoint"
         self.tasks.update(self.task_id, self.claim.attempt, sandbox_losses=self.losses)
         self.note(f"{why} The task goes on in a new one.", level=Level.WARNING)
@@ -234,7 +244,7 @@ class Placement:
         self.tasks.begin_sandbox(
             self.task_id, self.claim.attempt, nonce=nonce, provider=provider.name, place=provider.place
         )
-        self.log_offset, self.sandbox_age_s = 0, 0.0
+        self.log_offset, self.sandbox_age_s, self.question = 0, 0.0, None
         metadata = {"deployment": self.worker.deployment, "task": self.task_id, "nonce": nonce}
         self.provider, self.is_set_up = provider, False
         ready = self.finished_set_up(provider)
@@ -310,12 +320,19 @@ class Placement:
         """Keep what another sandbox needs to go on from here. The agent may be at work, and hostile."""
         assert self.base_sha is not None
         bundle = repository.checkpoint(self.box, base_sha=self.base_sha, branch=self.claim.task.branch)
-        session = self.agent.session(self.box)
+        session = self.agent.session(self.box, self.number)
         blobs: dict[BlobKind, bytes] = {} if bundle is None else {"checkpoint": bundle}
         if session is not None:
             blobs["session"] = self.sealed(session)
         self.keep(blobs)
         self.note("Kept a checkpoint of the work in progress.", level=Level.DEBUG)
+
+    def go_on_from_result(self) -> None:
+        """Should the sandbox die from here on, the task goes on from what was saved: a checkpoint may be older."""
+        if (result := self.kept("result")) is None:
+            self.blobs.drop(self.task_id, ["checkpoint"], attempt=self.claim.attempt)
+        else:
+            self.keep({"checkpoint": result})
 
     @contextlib.contextmanager
     def not_now(self) -> Generator[None]:
@@ -344,6 +361,15 @@ class Placement:
         return self.sandbox_age_s + held_s
 
     # -- what the steps share -------------------------------------------------------------------------------------
+
+    @property
+    def number(self) -> int:
+        """Of the agent's run among those of the task, from 1; a run that moves to another sandbox stays the same."""
+        return self.retries_used + 1
+
+    def said_at_its_end(self) -> Ending | None:
+        """How the runner of this number says that it ended, if it has."""
+        return read_result(self.box, self.number)
 
     @property
     def box(self) -> Sandbox:
@@ -387,7 +413,10 @@ class Placement:
             self.stop_if_cancelled()
         if self.worker.stopping.is_set():
             raise Draining
-        self.tasks.update(self.task_id, self.claim.attempt, phase=phase)
+        changes: Changes = {"phase": phase}
+        if self.failed is not None:
+            changes |= {"retries_used": self.retries_used, "failed_verify": self.failed}
+        self.tasks.update(self.task_id, self.claim.attempt, **changes)
         self.phase = phase
 
     def note(self, message: str, *, level: Level = Level.INFO, kind: str = "status") -> None:
@@ -409,3 +438,11 @@ class Placement:
 
     def end(self, code: TaskErrorCode, message: str, remedy: str) -> NoReturn:
         raise Ended(Ending.failed(code, message, remedy))
+
+
+def _open_question(claim: Claim) -> Question | None:
+    """The one that waited for an answer when the task was claimed."""
+    task = claim.task
+    if task.asked is None or task.question is None:
+        return None
+    return Question(text=task.question, **dict(task.asked))

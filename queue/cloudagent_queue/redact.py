@@ -1,10 +1,11 @@
-"""Known secrets are taken out of whatever a sandbox says before it is stored."""
+"""Known secrets are taken out of what a sandbox says before it is stored, and what nobody sees before it is read."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any, cast
 from urllib.parse import quote
@@ -12,6 +13,17 @@ from urllib.parse import quote
 MARK = "[redacted]"
 SHORTEST = 8
 """Shorter values are not looked for: they would turn ordinary words into marks."""
+
+KEPT = "\n\t"
+
+
+def clean(text: str) -> str:
+    """Without control, bidi, zero-width, tag and other invisible characters; ANSI sequences lose their escape."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c for c in text if c in KEPT or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    )
 
 
 class Redactor:

@@ -60,8 +60,12 @@ def run_task(worker: Worker) -> bool:
             attempt = Attempt(worker, claim, lease)
             ending = attempt.work()
             saved = attempt.save()
-            if saved and ending.status is TaskStatus.COMPLETED:
+            while saved and ending.status is TaskStatus.COMPLETED:
                 ending = attempt.verify(ending)
+                if not attempt.may_retry(ending):
+                    break
+                ending = attempt.work(again_after=ending)
+                saved = attempt.save()
             attempt.finish(ending)
         attempt.discard_sandbox()
     except LeaseLost:

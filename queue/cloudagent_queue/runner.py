@@ -1,19 +1,20 @@
 """Runs Claude Code inside a sandbox. This file is copied there and stands alone: standard library and claude_agent_sdk.
 
-    python run/runner.py            run/request.json in; run/events.jsonl while it works; run/result.json last
+    python run/runner.py            run/request.json in; run/events.jsonl while it works; its `result` file last
     python run/runner.py session    collect the conversation's files into run/session.json, where that was not done at
                                     the end because the runner was killed
 
-The working directory is the sandbox's root. `request.json` holds `prompt`, `cwd`, and, each may be null or absent,
-`resume` (the id of the session in run/earlier_session.json), `used` (what is added to the usage), `model`, `max_turns`,
+The working directory is the sandbox's root. `request.json` holds `prompt`, `cwd`, `number` (of this run among the
+task's), `result` (the file, of this run alone, that says how it ended), and, each may be null or absent, `resume` (the
+id of the session in run/earlier_session.json), `used` (what is added to the usage), `model`, `max_turns`,
 `max_budget_usd`, `system_append`. The user's words never get onto a command line.
 
-`result.json` is `{outcome: completed|failed|stopped, error: {code, message}|null, summary, session_id, model, usage}`.
+The result is `{outcome: completed|failed|stopped, error: {code, message}|null, summary, session_id, model, usage}`.
 Claude Code counts cost, tokens and model time over a session's whole life, so they go on where a resumed one stopped.
 
 `inbox/*.json` is read, oldest first: `{"kind": "message", "text"}` goes to the agent, once for each name of a file;
-`{"kind": "answer", "question_id", "text"}` as well, to the tool with which it has asked; `{"kind": "stop", "reason"}`
-ends it. A file that has been dealt with is renamed to `*.read`.
+`{"kind": "answer", "question_id", "text"}` as well, to the tool with which it has asked; `{"kind": "stop", "reason",
+"number"}` ends the run of that number. A file that has been dealt with is renamed to `*.read`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import anyio
 import claude_agent_sdk as sdk
 
 RUN = Path("run")
-EVENTS, RESULT, SESSION_ID = RUN / "events.jsonl", RUN / "result.json", RUN / "session_id"
+EVENTS, SESSION_ID = RUN / "events.jsonl", RUN / "session_id"
 CONFIG = Path("claude")
 """Claude Code's own folder (CLAUDE_CONFIG_DIR): sessions, memory."""
 
@@ -250,7 +251,8 @@ class Run:
             file.unlink(missing_ok=True)
             return
         if kind == "stop":
-            await self._stop(text)
+            if content.get("number", 1) == self.request.get("number", 1):  # not one that was for an earlier run
+                await self._stop(text)
         elif again:
             return
         elif kind == "answer" and content.get("question_id") == self.question_id:
@@ -529,12 +531,20 @@ def main(arguments: list[str]) -> int:
     except BlockingIOError:
         print("Another runner is at work in this sandbox.", file=sys.stderr)
         return ALREADY_RUNNING
-    if RESULT.exists():
+    request: dict[str, Any] = {}
+    unreadable: Exception | None = None
+    try:
+        request = json.loads((RUN / "request.json").read_bytes())
+    except (OSError, ValueError) as error:
+        unreadable = error
+    result_file = Path(request.get("result", RUN / "result.json"))
+    if result_file.exists():
         return 0
     end_agent()  # an earlier runner's: there is never more than one
     log = Log()
     try:
-        request = json.loads((RUN / "request.json").read_bytes())
+        if unreadable is not None:
+            raise unreadable
         if request.get("resume"):
             place_session(Path(request["cwd"]).resolve())
         result = anyio.run(converse, request, log)
@@ -548,7 +558,7 @@ def main(arguments: list[str]) -> int:
         collect_session()  # here, where Python has started already
     except OSError as error:
         log.add("error", f"The session could not be collected: {describe(error)}", level="warning")
-    write_whole(RESULT, result)
+    write_whole(result_file, result)
     return 0
 
 

@@ -6,19 +6,11 @@ import time
 
 from cloudagent_queue.follow import LogReader
 from cloudagent_queue.placement import Placement
-from cloudagent_storage.records import Claim, EventDraft, Level, Question
+from cloudagent_storage.records import EventDraft, Level
 
 QUESTIONS_MAX = 30
 """While so many questions of a task wait for their answers, no time counts: an agent must not live on asking."""
 UNANSWERED = "Nobody has answered. Decide by yourself, and say in your last message what you decided."
-
-
-def open_question(claim: Claim) -> Question | None:
-    """The one that waited for an answer when the task was claimed."""
-    task = claim.task
-    if task.asked is None or task.question is None:
-        return None
-    return Question(text=task.question, **dict(task.asked))
 
 
 class Talk:

@@ -145,6 +145,10 @@ class Priority(StrEnum):
         return {Priority.LOW: -900.0, Priority.NORMAL: 0.0, Priority.HIGH: 900.0}[self]
 
 
+RETRIES_MAX = 5
+"""A check that has failed so often is not mended by telling once more."""
+
+
 class TaskSpec(Record):
     """What was asked for. It never changes after the submit."""
 
@@ -157,6 +161,8 @@ class TaskSpec(Record):
     model: str | None = None
     provider: str | None = None
     verify: str | None = None
+    retries: int | None = None
+    """How often a failing verify goes back to the agent; None where the repository may say, and is 0 if it does not."""
     setup: str | None = None
     on_interrupt: OnInterrupt = "resume"
     timeout_minutes: float = 60.0
@@ -195,6 +201,20 @@ class VerifyResult(Record):
     """None when it did not end in time."""
     output: str
     """The last lines that it printed."""
+    commit: str | None = None
+    """The one that was checked out."""
+    seconds: float | None = None
+    """How long it took."""
+    tries: int = 1
+    """How many results it was run on: one, and one for each time that it had failed and the agent went on."""
+
+
+class TaskError(Record):
+    """Why a task failed or was cancelled."""
+
+    code: TaskErrorCode
+    message: str
+    remedy: str
 
 
 class Result(Record):
@@ -204,6 +224,9 @@ class Result(Record):
     """The agent's last words. Untrusted text."""
     artifacts: Artifacts | None = None
     verify: VerifyResult | None = None
+    """Always of this result. What had failed before a retry is in the log."""
+    retry_error: TaskError | None = None
+    """Why the agent was not done when it last went on after a failed verify. What it left is the result."""
     blocked_hosts: tuple[str, ...] = ()
     """What its processes wanted to reach and may not, where that can be told. Untrusted text."""
 
@@ -220,14 +243,6 @@ class Usage(Record):
     sandbox_seconds: float = 0.0
     sandbox_cost_usd: float | None = None
     """None where nobody knows what its provider asks for; what costs nothing is 0."""
-
-
-class TaskError(Record):
-    """Why a task failed or was cancelled."""
-
-    code: TaskErrorCode
-    message: str
-    remedy: str
 
 
 class Asked(Record):
@@ -265,6 +280,8 @@ class Task(Record):
     tags: tuple[str, ...] = ()
     priority: Priority = Priority.NORMAL
     attempt: int = 0
+    retries_used: int = 0
+    """How often its agent has gone on since `verify` had failed."""
     parent_task_id: str | None = None
     retry_of: str | None = None
     """The task that this one tries once more."""
@@ -381,6 +398,8 @@ class Claim(Record):
     """How long its question, if there is one, had not been answered by then."""
     sandbox_losses: int = 0
     """How many sandboxes have died under this task."""
+    failed_verify: VerifyResult | None = None
+    """What its agent was told when it went on last; None while there was no retry."""
     log_offset: int
     """How far into the runner's log the store has read, in bytes."""
     running_seconds: float

@@ -149,6 +149,9 @@ class TaskRow(Model):
     sandbox_made_at = Utc(null=True)
     sandbox_losses = IntegerField(null=True)
     """How many sandboxes have died under this task; null in rows of the version before."""
+    retries_used = IntegerField(null=True)
+    failed_verify = Json(null=True)
+    """What the last of the retries is for."""
     retry_of = CharField(40, null=True)
     config = BlobField(null=True)
     """The repository's own settings: the file as it was at the base."""

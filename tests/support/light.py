@@ -59,7 +59,7 @@ def end_at_once(given: Mapping[str, Any]) -> None:
     note_claims(given)
     journal = Path(given["journal"])
 
-    def work(self: attempt.Attempt) -> Ending:
+    def work(self: attempt.Attempt, *, again_after: Ending | None = None) -> Ending:
         gate = json.loads(self.spec.prompt).get("gate")
         while gate and not (journal / gate).exists():
             self.lease.check()
@@ -82,7 +82,7 @@ class LightSandbox:
         self._made = float(sandbox_id.split("_")[1])
         self._line_s = float(os.environ.get(LINE_S, "1"))
 
-    def start(self, command: Sequence[str], *, env: Mapping[str, str]) -> None: ...
+    def start(self, command: Sequence[str], *, env: Mapping[str, str], number: int = 1) -> None: ...
 
     def alive(self) -> bool:
         return not self.stopped.is_set()
@@ -158,7 +158,7 @@ class LightProvider:
 class LightAgent(StandIn):
     def install(self, sandbox: Any, spec: TaskSpec, **_: Any) -> None: ...
 
-    def start(self, sandbox: Any, *, env: Mapping[str, str]) -> None: ...
+    def start(self, sandbox: Any, *, env: Mapping[str, str], number: int = 1) -> None: ...
 
     def tell(self, sandbox: Any, message_id: str, message: Mapping[str, Any]) -> None:
         sandbox.stop()

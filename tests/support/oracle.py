@@ -87,15 +87,20 @@ def _agent(installation: Installation, task: Task) -> Iterator[str]:
     journal = installation.journal(task.task_id)
     if any(line["what"] == "overlap" for line in journal):
         yield "two agents lived at once"
-    starts = [line["sandbox"] for line in journal if line["what"] == "start"]
-    if len(starts) > 1 + _moves(installation, task) or len(set(starts)) < len(starts):
-        yield f"its agent was started {len(starts)} times: {starts}"
+    runs = [(line["sandbox"], line["number"]) for line in journal if line["what"] == "start"]
+    numbers = [number for _, number in runs]
+    if len(runs) > 1 + task.retries_used + _moves(installation, task) or len(set(runs)) < len(runs):
+        yield f"its agent was started {len(runs)} times: {runs}"
+    if numbers != sorted(numbers) or set(numbers) - set(range(1, task.retries_used + 2)):
+        yield f"its agent had the runs {numbers}, and {task.retries_used} retries were used"
+    if task.status is TaskStatus.COMPLETED and max(numbers, default=0) != task.retries_used + 1:
+        yield f"its agent had the runs {numbers}, and {task.retries_used} retries are said to be used"
     calls = [line for line in journal if line["what"] == "call"]
-    for sandbox in dict.fromkeys(line["sandbox"] for line in calls):
-        steps_there = [line["step"] for line in calls if line["sandbox"] == sandbox]
+    for run in dict.fromkeys(runs):
+        steps_there = [line["step"] for line in calls if (line["sandbox"], line["number"]) == run]
         if steps_there != list(range(len(steps_there))):
             yield f"calls were repeated or left out: {steps_there}"
-    steps = {line["step"] for line in calls}
+    steps = {(line["number"], line["step"]) for line in calls}
     if task.status is TaskStatus.COMPLETED:
         artifacts = None if task.result is None else task.result.artifacts
         changed = 0 if artifacts is None else artifacts.files_changed

@@ -11,11 +11,14 @@ The prompt is a JSON object; all of it may be left out:
     ask_at              the step before which it asks its user a question, and waits for the answer
     hang_at             the step at which it says nothing more, though it obeys a stop
     ignore_stop         it does not obey, SIGTERM neither
+    mend                what each retry does in place of that: a list of objects like this one, the last one for all
+                        that follow; the files of a retry are named `retry_N_step_M.txt`
+    fail_with           a code: it ends with this error, after its steps
     die_worker          the step from which on it kills every worker that follows it, and says nothing more; on this
                         machine only, as a sandbox elsewhere has no such processes
 
-The journal is `<folder>/<task>.jsonl`. Each line has `what`, `pid`, `sandbox` and `at`, the machine's monotonic time:
-`start`, `call` (with `step`), `asked`, `told` (with what came in, and `late` for what was no answer to it),
+The journal is `<folder>/<task>.jsonl`. Each line has `what`, `pid`, `sandbox`, `number` (of the run) and `at`, the machine's
+monotonic time: `start` (with `failed`, what the verify printed that it is to mend), `call` (with `step`), `asked`, `told` (with what came in, and `late` for what was no answer to it),
 `killed_worker`, `stop`, `end` (with `outcome` and `events`), and `overlap` instead of
 `start` where another agent of the same task lives, which is known by a lock that an agent holds for its life.
 """
@@ -37,18 +40,24 @@ OVERLAP = 75
 class Agent:
     def __init__(self, request: dict[str, Any]) -> None:
         self.prompt: dict[str, Any] = json.loads(request["prompt"])
+        self.request, self.number = request, int(request["number"])
+        self.prefix = "" if self.number == 1 else f"retry_{self.number - 1}_"
+        if self.number > 1 and (mend := self.prompt.get("mend")):
+            self.prompt = mend[min(self.number - 2, len(mend) - 1)]
         self.folder = Path(request["journal"])
         self.task: str = request["task"]
         self.sandbox: str = request["sandbox"]
         self.repository = Path(request["cwd"])
         self.journal = os.open(self.folder / f"{self.task}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.log = os.open("run/events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self.events = 0
+        # Where an earlier run of this sandbox wrote, its numbers go on.
+        self.events = Path("run/events.jsonl").read_bytes().count(b"\n")
         self.stopped = False
         self.question: str | None = None
 
     def note(self, what: str, **more: Any) -> None:
-        line = {"what": what, "pid": os.getpid(), "sandbox": self.sandbox, "at": time.monotonic(), **more}
+        line = {"what": what, "pid": os.getpid(), "sandbox": self.sandbox, "number": self.number}
+        line |= {"at": time.monotonic(), **more}
         os.write(self.journal, json.dumps(line).encode() + b"\n")
 
     def run(self) -> None:
@@ -61,7 +70,7 @@ class Agent:
             os._exit(OVERLAP)
         if self.prompt.get("ignore_stop"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.note("start")
+        self.note("start", failed=self.request["failed"])
         steps = int(self.prompt.get("steps", 10))
         for step in range(steps):
             if step == steps - 1 and (gate := self.prompt.get("gate")):
@@ -70,18 +79,19 @@ class Agent:
             if self.stopped:
                 break
             self.take(step)
-        outcome = "stopped" if self.stopped else "completed"
+        code = self.prompt.get("fail_with")
+        outcome = "stopped" if self.stopped else "failed" if code else "completed"
         self.note("end", outcome=outcome, events=self.events)
         result: dict[str, Any] = {
             "outcome": outcome,
-            "error": None,
+            "error": {"code": code, "message": "It was to fail."} if code else None,
             "summary": f"{steps} steps",
             "model": "stand-in",
-            "usage": {},
+            "usage": self.prompt.get("usage", {}),
         }
-        fresh = Path("run/result.json.new")
+        fresh = Path(f"{self.request['result']}.new")
         fresh.write_text(json.dumps(result))
-        fresh.replace("run/result.json")
+        fresh.replace(self.request["result"])
 
     def take(self, step: int) -> None:
         if step == self.prompt.get("die_at"):
@@ -95,7 +105,7 @@ class Agent:
         if step == self.prompt.get("die_worker"):
             self.kill_workers()
         self.note("call", step=step)
-        (self.repository / f"step_{step}.txt").write_text(f"step {step}\n")
+        (self.repository / f"{self.prefix}step_{step}.txt").write_text(f"step {step}\n")
         for _ in range(int(self.prompt.get("events", 1))):
             self.say(f"step {step}" + "." * int(self.prompt.get("pad", 0)))
         self.rest(float(self.prompt.get("step_s", 0.1)))
@@ -139,7 +149,7 @@ class Agent:
             message = json.loads(file.read_bytes())
             if message["kind"] != "stop":
                 self.take_in(file, message)
-            elif not self.prompt.get("ignore_stop"):
+            elif message["number"] == self.number and not self.prompt.get("ignore_stop"):
                 if not self.stopped:
                     self.note("stop")
                 self.stopped = True

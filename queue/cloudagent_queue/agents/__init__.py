@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from cloudagent_queue.sandboxes import Sandbox
-from cloudagent_storage.records import TaskSpec, Usage
+from cloudagent_storage.records import TaskSpec, Usage, VerifyResult
 
 UNUSED = Usage()
 RUN_FOLDER = "run"
@@ -16,6 +16,11 @@ REPOSITORY_FOLDER = "repository"
 """The folder, under a sandbox's root, where the agent works."""
 EVENTS = f"{RUN_FOLDER}/events.jsonl"
 RESULT = f"{RUN_FOLDER}/result.json"
+
+
+def result_of(number: int) -> str:
+    """The file in which the runner says how it ended that was the `number`-th to be started for a task, from 1."""
+    return RESULT if number == 1 else f"{RUN_FOLDER}/result_{number}.json"
 
 
 class Agent(Protocol):
@@ -50,25 +55,32 @@ class Agent(Protocol):
         interrupted: bool = False,
         goes_on: bool = False,
         used: Usage = UNUSED,
+        number: int = 1,
+        failed: VerifyResult | None = None,
     ) -> None:
         """Put the runner and its request.json into the sandbox.
 
         `goes_on` says that an agent has worked on this task in an earlier sandbox; what is left of its work is in the
         repository. `session` is what was said, as `session` answered, and `used` what it has cost. The task's own agent
         has said it where it was `interrupted`; else an earlier task's, and this task's prompt is the next word.
+        With a `number` above 1 the agent had been done before, and goes on since what it had done `failed`, which it is
+        told.
         """
         ...
 
-    def start(self, sandbox: Sandbox, *, env: Mapping[str, str]) -> None:
-        """Start it, detached."""
+    def start(self, sandbox: Sandbox, *, env: Mapping[str, str], number: int = 1) -> None:
+        """Start it, detached; see `Sandbox.start`."""
         ...
 
     def tell(self, sandbox: Sandbox, message_id: str, message: Mapping[str, Any]) -> None:
         """Put a message into the running agent's inbox."""
         ...
 
-    def session(self, sandbox: Sandbox) -> bytes | None:
-        """The conversation's files, as far as it has come, as one JSON document, so that it can go on elsewhere."""
+    def session(self, sandbox: Sandbox, number: int = 1) -> bytes | None:
+        """The conversation's files, as far as it has come, as one JSON document, so that it can go on elsewhere.
+
+        `number` is the last that was started.
+        """
         ...
 
 

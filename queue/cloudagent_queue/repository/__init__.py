@@ -19,12 +19,21 @@ from cloudagent_queue.repository.config import RepositoryConfig, read_config
 from cloudagent_queue.repository.manifests import setup_key
 from cloudagent_queue.repository.pushed import Pushed, find_pushed
 from cloudagent_queue.repository.remote import Fetched, fetch
-from cloudagent_queue.repository.sandbox import check_out, checkpoint, collect, restore, run_setup, verify
+from cloudagent_queue.repository.sandbox import (
+    OUTPUT_LIMIT,
+    check_out,
+    checkpoint,
+    collect,
+    restore,
+    run_setup,
+    verify,
+)
 from cloudagent_queue.repository.source import Source, read_source, warnings_of
 from cloudagent_queue.repository.uploaded import Uploaded, import_upload
 from cloudagent_queue.repository.working_tree import LocalRepository, WorkingTree, bundle_working_tree, origin_of
 
 __all__ = [
+    "OUTPUT_LIMIT",
     "ChangedFile",
     "Changes",
     "Fetched",

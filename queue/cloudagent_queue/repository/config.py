@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cloudagent_queue import git
 from cloudagent_storage.errors import InvalidRepositoryConfig
-from cloudagent_storage.records import TaskSpec
+from cloudagent_storage.records import RETRIES_MAX, TaskSpec
 
 CONFIG_FILE = ".cloudagent.toml"
 SIZE_LIMIT = 16 * 1024
@@ -62,6 +62,8 @@ class RepositoryConfig(_Part):
     """A shell command that is run in the repository before the agent."""
     verify: Command | None = None
     """A shell command that passes if a result is right."""
+    retries: Annotated[int, Field(ge=0, le=RETRIES_MAX)] | None = None
+    """How often a failing verify goes back to the agent."""
     environment: Mapping[str, str] = Field(default={}, max_length=_VARIABLES_MAX)
     """Variables for set-up, agent and verify. They are as public as the repository."""
     egress: Annotated[tuple[Host, ...], Field(strict=False, max_length=200)] | None = None
@@ -76,12 +78,13 @@ class RepositoryConfig(_Part):
         return ", ".join(name for name in type(self).model_fields if name in self.model_fields_set)
 
     def applied_to(self, spec: TaskSpec) -> TaskSpec:
-        """What a task is run as. The commands of its submit win; limits are the lower ones of both."""
+        """What a task is run as. What its submit says wins; limits are the lower ones of both."""
         limits = self.limits
         return spec.model_copy(
             update={
                 "setup": self.setup if spec.setup is None else spec.setup,
                 "verify": self.verify if spec.verify is None else spec.verify,
+                "retries": self.retries if spec.retries is None else spec.retries,
                 "timeout_minutes": _lower(spec.timeout_minutes, limits.timeout_minutes),
                 "max_turns": _lower(spec.max_turns, limits.max_turns),
                 "max_budget_usd": _lower(spec.max_budget_usd, limits.max_budget_usd),

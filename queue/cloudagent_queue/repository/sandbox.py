@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def verify(
     """Run the user's command in a fresh clone of the result, with a fresh home. Without a result the base is checked.
 
     `env` is what the repository sets, beside what every command in a sandbox has.
-    The bundles are those that were saved, not what lies in the sandbox. No process of the agent may be left.
+    The bundles are those that were saved, not what lies in the sandbox. No process of the agent may be left. The output
+    is all that was kept of it.
     Raises `SandboxError` when it could not be run at all.
     """
     if input_bundle is None:
@@ -122,9 +124,10 @@ def verify(
         ((tip, _),) = read_header(result_bundle).refs
     request = {"tip": tip, "branch": branch, "object_format": object_format, "result": result_bundle is not None}
     _run_inside(sandbox, "clone", request)
-    shell = ["/bin/sh", "-c", command]
+    shell, began = ["/bin/sh", "-c", command], time.monotonic()
     done = sandbox.run(shell, timeout_s=timeout_s, env=env, cwd=VERIFY_FOLDER, home=VERIFY_HOME)
-    return VerifyResult(command=command, exit_code=done.exit_code, output=done.output[-OUTPUT_LIMIT:])
+    took_s = round(time.monotonic() - began, 1)
+    return VerifyResult(command=command, exit_code=done.exit_code, output=done.output, commit=tip, seconds=took_s)
 
 
 def run_setup(sandbox: Sandbox, command: str, timeout_s: float, env: Mapping[str, str] | None = None) -> CommandResult:

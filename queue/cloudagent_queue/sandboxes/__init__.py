@@ -83,16 +83,17 @@ class Sandbox(Protocol):
     remark: str | None
     """What its user should know of how it was made, if anything."""
 
-    def start(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
-        """Start the one command of this sandbox's life, detached: it outlives this process.
+    def start(self, command: Sequence[str], *, env: Mapping[str, str], number: int = 1) -> None:
+        """Start a command, detached: it outlives this process. It becomes the started command of this sandbox.
 
         Its working directory is the root; `env` is its whole environment beside PATH, HOME, LANG and TMPDIR, which it
-        may override. Raises `SandboxError` when a command was started before.
+        may override. However many try, each `number` is started once, none after a higher one, and none while an
+        earlier command runs: `SandboxError` is raised then.
         """
         ...
 
     def alive(self) -> bool:
-        """Is the started command still running?"""
+        """Is the started command still running, which is the last that was started?"""
         ...
 
     def stop(self) -> None:

@@ -232,27 +232,37 @@ def python_inside_can_import_the_library_of_the_agent(trial: Trial) -> None:
     same((done.exit_code, done.output), (0, ""), "how the import of claude_agent_sdk ended")
 
 
-def a_command_runs_once_in_the_life_of_a_sandbox_however_many_try(trial: Trial) -> None:
+def a_command_is_started_once_however_many_try(trial: Trial) -> None:
     box = trial.fresh()
     true(not box.alive(), "a sandbox in which nothing was started says that it runs")
-    ends: list[str] = []
-
-    def begin() -> None:
-        try:
-            trial.provider.connect(box.id).start(["sh", "-c", "echo ran >> log"], env={})
-            ends.append("started")
-        except SandboxError:
-            ends.append("refused")
-
-    threads = [threading.Thread(target=begin) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    same(sorted(ends), ["refused"] * 3 + ["started"], "what four got who wanted to start the command")
+    ends = _race(trial, box.id, ["sh", "-c", "echo ran >> log"], number=1)
+    same(ends, ["refused"] * 3 + ["started"], "what four got who wanted to start the command")
     until(ended(box), "the started command did not end")
     same(box.read("log", max_bytes=100), b"ran\n", "what the started command wrote")
-    refused(lambda: box.start(["true"], env={}), "a second command was started")
+    refused(lambda: box.start(["true"], env={}), "the command was started again")
+
+
+def a_later_command_starts_once_too_when_the_one_before_has_ended(trial: Trial) -> None:
+    box = trial.fresh()
+    box.start(["sh", "-c", "echo first >> log; sleep 600"], env={})
+    until(has(box, "log"), "the first command did not begin")
+    again = trial.provider.connect(box.id)
+    refused(lambda: again.start(["true"], env={}, number=2), "a second command was started beside the first")
+    true(box.alive(), "a start that was refused has ended what ran")
+    again.end_processes()
+    ends = _race(trial, box.id, ["sh", "-c", "echo second >> log; until [ -e go ]; do sleep 0.02; done"], number=2)
+    same(ends, ["refused"] * 3 + ["started"], "what four got who wanted to start the second command")
+    until(lambda: box.read("log", max_bytes=100).endswith(b"second\n"), "the second command did not begin")
+    true(box.alive() and trial.provider.connect(box.id).alive(), "a second command that runs is said to have ended")
+    refused(lambda: box.start(["true"], env={}), "the first command was started again beside the second")
+    box.write("go", b"")
+    until(ended(box), "the end of the second command is not seen")
+    for number in (1, 2):
+        refused(lambda number=number: box.start(["true"], env={}, number=number), "a command was started again")
+    same(box.read("log", max_bytes=100), b"first\nsecond\n", "what the started commands wrote")
+    box.start(["sleep", "600"], env={}, number=4)
+    box.stop()
+    until(ended(box), "a later command was not stopped")
 
 
 def a_started_command_begins_in_the_root_with_its_environment(trial: Trial) -> None:
@@ -404,7 +414,8 @@ CHECKS: Sequence[Check] = (
     what_a_command_leaves_running_ends_with_it,
     commands_inherit_no_signal_handling,
     a_started_command_begins_in_the_root_with_its_environment,
-    a_command_runs_once_in_the_life_of_a_sandbox_however_many_try,
+    a_command_is_started_once_however_many_try,
+    a_later_command_starts_once_too_when_the_one_before_has_ended,
     whoever_connects_reads_on_from_an_offset_beside_the_started_command,
     a_log_is_watched_until_it_grows_or_its_command_ends,
     a_stopped_command_can_clean_up,
@@ -470,6 +481,25 @@ def has(box: Sandbox, path: str) -> Callable[[], bool]:
 
 def ended(box: Sandbox) -> Callable[[], bool]:
     return lambda: not box.alive()
+
+
+def _race(trial: Trial, sandbox_id: str, command: Sequence[str], *, number: int) -> list[str]:
+    """What four got who wanted to start the command at once."""
+    ends: list[str] = []
+
+    def begin() -> None:
+        try:
+            trial.provider.connect(sandbox_id).start(command, env={}, number=number)
+            ends.append("started")
+        except SandboxError:
+            ends.append("refused")
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sorted(ends)
 
 
 def _no_lock_is_held(box: Sandbox, folder: str) -> None:

@@ -77,11 +77,11 @@ class E2BSandbox:
         self._attached = attached
         self._attaching = threading.Lock()
 
-    def start(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
+    def start(self, command: Sequence[str], *, env: Mapping[str, str], number: int = 1) -> None:
         _check(command, env)
-        answer = self._call("start", command=list(command), env=dict(env), token=secrets.token_hex(16))
-        if not answer["started"]:
-            raise SandboxError("The sandbox has run its command already.")
+        request: dict[str, Any] = {"command": list(command), "env": dict(env), "token": secrets.token_hex(16)}
+        if not self._call("start", **request, number=number)["started"]:
+            raise SandboxError("That command was started already, or another one runs.")
 
     def alive(self) -> bool:
         return self._call("alive")["alive"]

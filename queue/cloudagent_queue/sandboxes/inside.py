@@ -7,7 +7,7 @@ call with the same token finds what the first one did.
 
     FOLDER/inside.py, python    this file, and an interpreter that can import claude_agent_sdk
     FOLDER/system.json          the processes that were there before anything of an agent's ran
-    FOLDER/started.json         the one started command: who asked for it, its pid and start time
+    FOLDER/started.json         the last started command: its number, who asked for it, its pid and start time
     FOLDER/output.log           what it printed
     FOLDER/runs/<token>/        a command of `run`: its lock is held as long as somebody watches over it
     STAGING/                    large files on their way in or out
@@ -78,12 +78,15 @@ def prepare() -> dict[str, Any]:
     return {}
 
 
-def start(command: list[str], env: dict[str, str], token: str) -> dict[str, Any]:
-    """Start the one command of this sandbox's life. Whoever comes with another token is too late."""
+def start(command: list[str], env: dict[str, str], token: str, number: int = 1) -> dict[str, Any]:
+    """Start a command, each number once and none beside another. Whoever comes with another token is too late."""
     lock = os.open(f"{FOLDER}/started.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
     if record := _load("started.json"):
-        return {"started": record["token"] == token}
+        if record["token"] == token:
+            return {"started": True}
+        if record.get("number", 1) >= number or _started() is not None:
+            return {"started": False}
     home = _check_folder("home", create=True)
     output = os.open(f"{FOLDER}/output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     go, tell = os.pipe()
@@ -96,7 +99,8 @@ def start(command: list[str], env: dict[str, str], token: str) -> dict[str, Any]
         _execute(command, env, cwd=ROOT, home=home, output=output)
     found = _process(pid)
     # On disk before the command runs: else a second one could be started after a crash.
-    _save("started.json", {"token": token, "pid": pid, "start_time": found.start_time if found else None})
+    about = {"token": token, "number": number, "pid": pid, "start_time": found.start_time if found else None}
+    _save("started.json", about)
     os.write(tell, b"g")
     return {"started": True}
 

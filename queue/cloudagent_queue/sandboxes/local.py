@@ -3,7 +3,7 @@
 A sandbox is a folder of the host's:
 
     <id>/meta.json       metadata; a folder of this name always has one
-    <id>/started.jsonl   the record of the started command (see processes.py), run_*.jsonl those of `run`; *.lock
+    <id>/started*.jsonl  the records of the started commands (see processes.py), run_*.jsonl those of `run`; *.lock
     <id>/output.log      what the started command printed
     <id>/root/           all that the processes inside can write to
     <id>/egress…         where there is a list of hosts that may be reached (see network.py)
@@ -79,17 +79,16 @@ class LocalSandbox(ABC):
         self.id = folder.name
         self._folder = folder
         self._files = folder / "root"
-        self._started = processes.Record(folder / "started.jsonl", marker=self.id)
+        self._starts = processes.Starts(folder, marker=self.id)
         self.root = str(self._files)
 
-    def start(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
-        """Start the one command of this sandbox's life. Raises `SandboxError` when it was started before."""
+    def start(self, command: Sequence[str], *, env: Mapping[str, str], number: int = 1) -> None:
         self._check_exists()
         home = self._path_inside(safe_files.check_folder(self._files, "home", create=True))
         try:
             environment = self._environment(env, home=home)
             with (
-                self._started.new() as record,
+                self._starts.new(number) as record,
                 open(self._folder / "output.log", "ab") as output,
                 self._way_out(environment, lasting=True) as way_out,
             ):
@@ -97,18 +96,18 @@ class LocalSandbox(ABC):
                     command, record, env=environment, cwd="", output=output, run_id=None, way_out=way_out
                 )
         except FileExistsError:
-            raise SandboxError("The sandbox has run its command already.") from None
+            raise SandboxError("That command was started already, or another one runs.") from None
         except OSError as error:
             self._check_exists()
             raise SandboxUnreachable("The host could not start a process in the sandbox.") from error
         processes.let_run(child)
-        if not self._started.settle(child):
+        if not self._starts.record(number).settle(child):
             raise SandboxUnavailable
 
     def alive(self) -> bool:
         processes.reap()
         self._check_exists()
-        return self._started.alive()
+        return self._starts.last.alive()
 
     def run(
         self,
@@ -342,8 +341,9 @@ class BubblewrapSandbox(LocalSandbox):
         # The first process of a pid namespace ignores SIGTERM and passes nothing on: the command must get it itself.
         self._check_exists()
         deadline = time.monotonic() + _STOP_PATIENCE_S
-        while self._started.alive() and time.monotonic() < deadline:
-            with self._started.process() as process:
+        started = self._starts.last
+        while started.alive() and time.monotonic() < deadline:
+            with started.process() as process:
                 if process is not None and processes.terminate_first_child(process[0]):
                     return
             time.sleep(0.01)  # bubblewrap has not come as far as the command yet
@@ -414,7 +414,7 @@ class UnsafeProcessSandbox(LocalSandbox):
 
     def stop(self) -> None:
         self._check_exists()
-        with self._started.process() as process:
+        with self._starts.last.process() as process:
             if process is not None:
                 processes.terminate(process[1])
 

@@ -288,6 +288,37 @@ class Record:
         return _is_marked(pid, self.marker) if start_time is None else stat.start_time == start_time
 
 
+@dataclass(frozen=True)
+class Starts:
+    """The commands that were started in a sandbox, one after the other: each number once, and none beside another."""
+
+    folder: Path
+    marker: str
+
+    def record(self, number: int) -> Record:
+        """Of the command with that number, from 1."""
+        return Record(self.folder / ("started.jsonl" if number == 1 else f"started_{number}.jsonl"), self.marker)
+
+    @property
+    def last(self) -> Record:
+        """Of the newest one."""
+        return self.record(max(self._numbers(), default=1))
+
+    @contextmanager
+    def new(self, number: int) -> Generator[OpenRecord]:
+        """As `Record.new`. Raises FileExistsError also where an earlier command runs, or there was a later one."""
+        with self.record(number).new() as opened:
+            # Only now that whoever starts another one sees ours.
+            others = [other for other in self._numbers() if other != number]
+            if any(other > number or self.record(other).alive() for other in others):
+                raise FileExistsError
+            yield opened
+
+    def _numbers(self) -> list[int]:
+        names = [path.stem.partition("_")[2] for path in self.folder.glob("started*.jsonl")]
+        return [int(name or 1) for name in names]
+
+
 class BoundedOutput:
     """What a child prints to a pipe: its beginning and its end."""
 

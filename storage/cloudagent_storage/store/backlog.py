@@ -25,6 +25,7 @@ from cloudagent_storage.records import (
     Running,
     TaskError,
     TaskStatus,
+    VerifyResult,
     Waiting,
 )
 from cloudagent_storage.store.database import Database
@@ -249,6 +250,7 @@ def claim_of(row: TaskRow, *, lease_s: float) -> Claim:
         sandbox_age_s=age_s,
         question_age_s=asked_s,
         sandbox_losses=row.sandbox_losses or 0,
+        failed_verify=None if row.failed_verify is None else VerifyResult.model_validate(row.failed_verify),
         log_offset=row.log_offset,
         running_seconds=row.running_seconds,
         credentials=None if row.credentials is None else bytes(row.credentials),

@@ -25,6 +25,7 @@ from cloudagent_storage.records import (
     TaskStatus,
     Usage,
     Verdict,
+    VerifyResult,
     branch_name,
 )
 from cloudagent_storage.store.database import Database
@@ -150,6 +151,7 @@ def task_of(row: TaskRow) -> Task:
         tags=spec.tags,
         priority=spec.priority,
         attempt=row.attempt,
+        retries_used=row.retries_used or 0,
         parent_task_id=row.parent_task_id,
         retry_of=row.retry_of,
         schedule_id=row.schedule_id,
@@ -183,6 +185,6 @@ def ended(db: Database, status: TaskStatus, *, error: TaskError | None) -> dict[
     }
 
 
-def json_of(record: Result | TaskError | TaskSpec | Usage | None) -> dict[str, Any] | None:
+def json_of(record: Result | TaskError | TaskSpec | Usage | VerifyResult | None) -> dict[str, Any] | None:
     """A record as its column keeps it."""
     return None if record is None else record.model_dump(mode="json")

@@ -31,6 +31,7 @@ from cloudagent_storage.records import (
     TaskStatus,
     Usage,
     Verdict,
+    VerifyResult,
     new_id,
 )
 from cloudagent_storage.store.backlog import take
@@ -74,6 +75,8 @@ class Changes(TypedDict, total=False):
     provider: str | None
     sandbox_id: str | None
     sandbox_losses: int
+    retries_used: int
+    failed_verify: VerifyResult
     usage: Usage
     running_seconds: float
 
@@ -311,8 +314,7 @@ class Tasks:
     def update(self, task_id: str, attempt: int, *, lease_s: float | None = None, **changes: Unpack[Changes]) -> None:
         """Change a task on the way, and renew the lease when `lease_s` is given. Raises `LeaseLost`."""
         columns: dict[str, Any] = dict(changes)
-        if "usage" in changes:
-            columns["usage"] = json_of(changes["usage"])
+        columns |= {name: json_of(value) for name, value in columns.items() if isinstance(value, Usage | VerifyResult)}
         if lease_s is not None:
             columns["lease_until"] = self._db.later(lease_s)
         with self._db.writing():
