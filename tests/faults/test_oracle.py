@@ -56,6 +56,7 @@ def test_another_ending_than_the_expected_one_is_found(well: Installation) -> No
     [
         ({"what": "overlap"}, "two agents lived at once"),
         ({"what": "start", "sandbox": "sbx_other"}, "its agent was started 2 times"),
+        ({"what": "start", "sandbox": "sbx_other", "number": 2}, "its agent had the runs"),
         ({"what": "call", "step": 1}, "calls were repeated or left out"),
         ({"what": "call", "step": 3}, "its agent wrote 4 files, and its result has 3"),
         ({"what": "end", "events": 4}, "its log has 3"),
@@ -65,7 +66,7 @@ def test_what_an_agent_did_twice_is_found(well: Installation, line: dict[str, An
     (task,) = well.accepted
     journal = well.journal_folder / f"{task}.jsonl"
     before = journal.read_text()
-    journal.write_text(before + json.dumps({"pid": 1, "sandbox": "sbx_x", "at": 0.0, **line}) + "\n")
+    journal.write_text(before + json.dumps({"pid": 1, "sandbox": "sbx_x", "number": 1, "at": 0.0, **line}) + "\n")
     try:
         with pytest.raises(AssertionError, match=complaint):
             well.check()

@@ -44,7 +44,7 @@ def _cloud(installation: Installation) -> Iterator[str]:
         if sandbox["alive"]:
             yield f"there is a sandbox left over: {sandbox['id']}, made as {sandbox['asked']['metadata']}"
     for task_id in installation.tasks():
-        starts = [line["sandbox"] for line in installation.journal(task_id, "start")]
+        starts = dict.fromkeys(line["sandbox"] for line in installation.journal(task_id, "start"))
         for earlier, later in itertools.pairwise(starts):
             ended_at = sandboxes[earlier]["ended_at"]
             if ended_at is None or ended_at > sandboxes[later]["started_at"]:
@@ -96,7 +96,7 @@ def _agent(installation: Installation, task: Task) -> Iterator[str]:
     if task.status is TaskStatus.COMPLETED and max(numbers, default=0) != task.retries_used + 1:
         yield f"its agent had the runs {numbers}, and {task.retries_used} retries are said to be used"
     calls = [line for line in journal if line["what"] == "call"]
-    for run in dict.fromkeys(runs):
+    for run in dict.fromkeys((line["sandbox"], line["number"]) for line in calls):
         steps_there = [line["step"] for line in calls if (line["sandbox"], line["number"]) == run]
         if steps_there != list(range(len(steps_there))):
             yield f"calls were repeated or left out: {steps_there}"

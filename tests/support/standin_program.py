@@ -13,14 +13,16 @@ The prompt is a JSON object; all of it may be left out:
     ignore_stop         it does not obey, SIGTERM neither
     mend                what each retry does in place of that: a list of objects like this one, the last one for all
                         that follow; the files of a retry are named `retry_N_step_M.txt`
+    undo                it begins with deleting all files that are there
     fail_with           a code: it ends with this error, after its steps
     die_worker          the step from which on it kills every worker that follows it, and says nothing more; on this
                         machine only, as a sandbox elsewhere has no such processes
 
-The journal is `<folder>/<task>.jsonl`. Each line has `what`, `pid`, `sandbox`, `number` (of the run) and `at`, the machine's
-monotonic time: `start` (with `failed`, what the verify printed that it is to mend), `call` (with `step`), `asked`, `told` (with what came in, and `late` for what was no answer to it),
-`killed_worker`, `stop`, `end` (with `outcome` and `events`), and `overlap` instead of
-`start` where another agent of the same task lives, which is known by a lock that an agent holds for its life.
+The journal is `<folder>/<task>.jsonl`. Each line has `what`, `pid`, `sandbox`, `number` (of the run) and `at`, the
+machine's monotonic time: `start` (with `failed`, what the verify printed that it is to mend), `call` (with `step`),
+`asked`, `told` (with what came in, and `late` for what was no answer to it), `killed_worker`, `stop`, `end` (with
+`outcome` and `events`), and `overlap` instead of `start` where another agent of the same task lives, which is known by
+a lock that an agent holds for its life.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ class Agent:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.note("start", failed=self.request["failed"])
         steps = int(self.prompt.get("steps", 10))
+        for file in self.repository.glob("*.txt") if self.prompt.get("undo") else ():
+            file.unlink()
         for step in range(steps):
             if step == steps - 1 and (gate := self.prompt.get("gate")):
                 while not (self.folder / gate).exists() and not self.stopped:
