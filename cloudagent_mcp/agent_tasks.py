@@ -118,6 +118,8 @@ def _answer_of(response: Mapping[str, Any]) -> str | None:
 
 def _message(task: TaskDetail) -> str:
     said = f"{task.status}" + (f", {task.phase}" if task.phase else "")
+    if task.verdict is not None:
+        said += f", verdict {task.verdict}"
     if task.error is not None:
         said += f": {task.error.code}"
     if task.log and not task.status.terminal:

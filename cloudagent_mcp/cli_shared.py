@@ -52,7 +52,7 @@ TASK_OPTIONS = (
     click.option("--title", help="A short name."),
     click.option("--model", help="Model for the agent."),
     click.option("--verify", help="Shell command that passes if the result is right; run in a clean checkout."),
-    click.option("--retries", type=int, help="How often what fails that goes back to the agent to be mended (0)."),
+    click.option("--retries", type=int, help="How often a failing verify goes back to the agent (0)."),
     click.option("--setup", help="Shell command that is run in the repository before the agent."),
     click.option(
         "--on-interrupt",

@@ -143,7 +143,7 @@ async def _show(server: StdioServerParameters, repository: Path, settings: Setti
             await anyio.sleep(0.2)
         console.print(f"\n[bold]get_task[/]  status {task['status']}, verdict [bold]{task['verdict']}[/]")
         if task["status"] != "completed" or task["verdict"] != "passed":
-            console.print(task["error"]["message"] if task["error"] else "The verify command failed.", style="red")
+            console.print(task["error"]["message"] if task["error"] else task["next_action"], style="red")
             return 1
         console.print("\n[bold]get_task_diff[/]")
         for line in await _untrusted(client, "get_task_diff", task_id=name):

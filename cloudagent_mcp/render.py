@@ -14,6 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from cloudagent_mcp.checked import what_was_checked
 from cloudagent_mcp.untrusted import clean, cut
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ VERDICT_STYLES = {"passed": "green", "failed": "red", "unverified": "dim"}
 OUTCOME_STYLES = {"submitted": "green", "skipped": "yellow", "missed": "red"}
 KIND_STYLES = {"text": "", "thinking": "dim italic", "tool_use": "cyan", "tool_result": "dim", "error": "red"}
 LEVEL_STYLES = {"warning": "yellow", "error": "red"}
-LINE_MAX = 2000
+LINE_MAX, OUTPUT_SHOWN = 2000, 600
 
 
 def show_created(task: dict[str, Any], *, hint: bool = True) -> None:
@@ -100,6 +101,8 @@ def show_task(task: dict[str, Any]) -> None:
     usage = task["usage"]
     result: dict[str, Any] = task["result"] or {}
     artifacts: dict[str, Any] = result.get("artifacts") or {}
+    verify: dict[str, Any] | None = result.get("verify")
+    cut_short: dict[str, Any] | None = result.get("retry_error")
     rows = {
         "title": task["title"],
         "repository": task["repository"],
@@ -107,6 +110,9 @@ def show_task(task: dict[str, Any]) -> None:
         "branch": task["branch"],
         "model": task["model"],
         "changes": _changes(artifacts) if artifacts else None,
+        "checked": what_was_checked(task["verdict"], verify) if artifacts.get("files_changed") or verify else None,
+        "output": verify["output"][-OUTPUT_SHOWN:].strip() if verify and task["verdict"] == "failed" else None,
+        "retry": f"cut short by {cut_short['code']}: {cut_short['message']}" if cut_short else None,
         "cost": f"${usage['cost_usd']:.4f}, {usage['turns']} turns" if usage["turns"] else None,
         "sandbox": _sandbox_cost(usage),
         "error": f"{task['error']['code']}: {task['error']['message']}" if task["error"] else None,

@@ -142,6 +142,8 @@ class Resources:
         if task.error is not None:
             said.append(f"{task.error.code}: {task.error.message} {task.error.remedy}")
         result = task.result
+        if result is not None and (cut_short := result.retry_error) is not None:
+            said.append(f"last retry cut short: {cut_short.code}: {cut_short.message} {cut_short.remedy}")
         if result is not None and (artifacts := result.artifacts) is not None:
             changed = f"files_changed={artifacts.files_changed} +{artifacts.insertions} -{artifacts.deletions}"
             said.append(f"branch={artifacts.branch} commits={artifacts.commits} {changed}")
@@ -151,7 +153,7 @@ class Resources:
             said.append(fence(cut(result.summary, 12_000) or ""))
         if result is not None and (verify := result.verify) is not None:
             said += [
-                f"verify, exit {verify.exit_code}:",
+                f"verify in a clean checkout of {verify.commit or 'it'}, exit {verify.exit_code}, try {verify.tries}:",
                 fence(cut(f"{verify.command}\n{verify.output}", 12_000) or ""),
             ]
         return "\n".join(said)
@@ -167,7 +169,9 @@ def _content(uri: str, mime_type: str, text: str, ttl_ms: int) -> ReadResourceRe
 
 def _task_resource(task: Task) -> Resource:
     moment = task.completed_at or task.started_at or task.created_at
-    verdict = f", verify {task.verdict}" if task.verdict else ""
+    verdict = (
+        f", {task.verdict}" if task.verdict == "unverified" else f", verify {task.verdict}" if task.verdict else ""
+    )
     return Resource(
         uri=f"task://{task.task_id}",
         name=task.task_id,

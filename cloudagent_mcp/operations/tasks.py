@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import Field, WithJsonSchema
 
+from cloudagent_mcp.checked import what_was_checked
 from cloudagent_mcp.operations import Caller, in_thread, operation
 from cloudagent_mcp.operations.credentials import Credentials, sealed_for_git, secret
 from cloudagent_mcp.operations.sessions import Sessions
@@ -146,7 +147,7 @@ class Tasks:
             ),
         ] = None,
         retries: Annotated[
-            int | None, Field(ge=0, le=RETRIES_MAX, description="How often the agent may mend what fails it.")
+            int | None, Field(ge=0, le=RETRIES_MAX, description="How often the agent may mend a failure.")
         ] = None,
         setup: Annotated[
             str | None,
@@ -424,12 +425,12 @@ def advise(task: Task) -> Task:
         case TaskStatus.COMPLETED if task.agent == "none":
             step, pause = f"Nothing is to be applied: it was only verified, and the verdict is {task.verdict}.", None
         case TaskStatus.COMPLETED if task.result is None or not _changed(task):
-            step, pause = "No file was changed; the agent's answer is in result.summary.", None
+            checked = f"{_checked(task)} " if task.verdict != "unverified" else ""
+            step, pause = f"{checked}No file was changed; the agent's answer is in result.summary.", None
         case TaskStatus.COMPLETED:
-            warning = "The verify command failed. " if task.verdict == "failed" else ""
-            step, pause = f"{warning}Look at get_task_diff, then apply_task.", None
+            step, pause = f"{_checked(task)} Look at get_task_diff, then apply_task.", None
         case _:
-            saved = " What it had done is in get_task_diff." if _changed(task) else ""
+            saved = " What it had done is in get_task_diff; nothing has checked it." if _changed(task) else ""
             remedy = task.error.remedy if task.error else ""
             step, pause = f"{remedy} Read get_task_logs.{saved}".strip(), None
     return task.model_copy(update={"next_action": step, "poll_after_seconds": pause})
@@ -439,6 +440,15 @@ def how_to_answer(task_id: str, asked: Asked | None) -> str:
     """What answers an agent's question: what only its user can know is asked of that person."""
     named = "" if asked is None else f", question_id={asked.question_id!r}"
     return f"Ask your user, then call send_message(task_id={task_id!r}{named}, message=the answer)."
+
+
+def _checked(task: Task) -> str:
+    """What `verify` said of the result, and why the agent was not done with it, if it was not."""
+    verify = task.result.verify if task.result else None
+    said = what_was_checked(task.verdict, None if verify is None else verify.model_dump(exclude={"output"}))
+    if task.result is None or (cut_short := task.result.retry_error) is None:
+        return said
+    return f"{said} Its last retry was cut short ({cut_short.code}): see result.retry_error."
 
 
 def _changed(task: Task) -> bool:

@@ -164,10 +164,15 @@ def test_a_failed_verify_is_a_completed_task_with_a_failed_verdict(world: World,
         with world.client(repo) as client:
             task = world.wait(client, submit(client, "Fix add", verify="echo what went wrong; exit 3"))
             assert (task["status"], task["verdict"]) == ("completed", "failed")
-            assert task["result"]["verify"] == {
+            checked = task["result"]["verify"]
+            assert checked["seconds"] >= 0 and checked["commit"]
+            assert {**checked, "seconds": None, "commit": None} == {
                 "command": "echo what went wrong; exit 3",
                 "exit_code": 3,
                 "output": "what went wrong\n",
+                "seconds": None,
+                "commit": None,
+                "tries": 1,
             }
 
 

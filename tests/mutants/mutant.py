@@ -16,6 +16,7 @@ PROCESSES = "tests/faults/test_workers.py"
 QUESTIONS = "tests/contracts/test_store_questions.py"
 WAITING = "tests/faults/test_questions.py"
 SANDBOXES = "tests/faults/test_sandboxes.py"
+RETRIES = "tests/faults/test_retries.py"
 CLOUD = "tests/cloud"
 CLOUD_TASKS = "tests/faults/test_cloud.py"
 

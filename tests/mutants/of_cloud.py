@@ -49,9 +49,17 @@ MUTANTS = (
         fast=False,
     ),
     Mutant(
+        "two_commands_run_at_once_in_the_cloud",
+        f"{QUEUE}/sandboxes/inside.py",
+        'if record.get("number", 1) >= number or _started() is not None:',
+        'if record.get("number", 1) >= number:',
+        (f"{CONTRACT}[e2b-a_later_command_starts_once_too_when_the_one_before_has_ended]",),
+        fast=False,
+    ),
+    Mutant(
         "whoever_starts_second_has_started",
         f"{QUEUE}/sandboxes/inside.py",
-        'return {"started": record["token"] == token}',
+        'return {"started": False}',
         'return {"started": True}',
         (f"{CLOUD}/test_once.py::test_two_processes_that_start_at_once_start_one_agent",),
         fast=False,

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from tests.mutants.mutant import LEASES, PROCESSES, QUESTIONS, QUEUE, SANDBOXES, STORE, SWEEP, WAITING, WORKERS, Mutant
+from tests.mutants.mutant import (
+    LEASES,
+    PROCESSES,
+    QUESTIONS,
+    QUEUE,
+    RETRIES,
+    SANDBOXES,
+    STORE,
+    SWEEP,
+    WAITING,
+    WORKERS,
+    Mutant,
+)
 
 MUTANTS = (
     # -- the sweeper -------------------------------------------------------------------------------------------------
@@ -141,6 +153,59 @@ MUTANTS = (
         "    except Draining:\n",
         (f"{PROCESSES}::test_a_stop_gives_running_tasks_back_at_once_and_their_agents_go_on[sqlite-SIGTERM]",),
         fast=False,
+    ),
+    # -- retries ---------------------------------------------------------------------------------------------------
+    Mutant(
+        "a_retry_is_for_free",
+        f"{QUEUE}/placement.py",
+        '"retries_used": self.retries_used, "failed_verify"',
+        '"failed_verify"',
+        (f"{RETRIES}::test_whenever_a_worker_dies_each_retry_is_taken_once[sqlite-about to start]",),
+    ),
+    Mutant(
+        "a_retry_goes_on_from_an_old_checkpoint",
+        f"{QUEUE}/attempt.py",
+        "        self.go_on_from_result()\n",
+        "",
+        (f"{RETRIES}::test_a_retry_whose_sandbox_dies_goes_on_from_what_was_saved[sqlite-resume]",),
+    ),
+    Mutant(
+        "what_was_saved_before_a_retry_is_checked_in_place_of_nothing",
+        f"{QUEUE}/attempt.py",
+        'self.blobs.drop(self.task_id, ["result", "diff"], attempt=self.claim.attempt)',
+        "pass",
+        (f"{RETRIES}::test_a_retry_that_takes_everything_back_is_checked_without_it",),
+    ),
+    Mutant(
+        "a_retry_has_limits_of_its_own",
+        f"{QUEUE}/attempt.py",
+        "        return not reached\n",
+        "        return True\n",
+        (f"{RETRIES}::test_where_a_limit_is_used_up_nothing_goes_back",),
+    ),
+    Mutant(
+        "after_a_retry_that_was_cut_short_comes_another",
+        f"{QUEUE}/attempt.py",
+        "if not wrong or ending.retry_error is not None or",
+        "if not wrong or",
+        (f"{RETRIES}::test_a_retry_that_is_cut_short_is_saved_and_checked_and_is_the_last[wrong]",),
+    ),
+    Mutant(
+        "what_had_failed_is_forgotten",
+        f"{QUEUE}/attempt.py",
+        "if self.failed is not None and self.failed.commit == (self.base_sha if changes is None else changes.head):",
+        "if False:",
+        (f"{RETRIES}::test_of_a_retry_that_dies_with_its_sandbox_what_had_been_saved_stays_with_its_verdict",),
+        fast=False,
+    ),
+    Mutant(
+        "two_commands_run_at_once",
+        f"{QUEUE}/sandboxes/processes.py",
+        "            if any(other > number or self.record(other).alive() for other in others):\n",
+        "            if any(other > number for other in others):\n",
+        (
+            "tests/contracts/test_sandbox.py::test_contract[local-a_later_command_starts_once_too_when_the_one_before_has_ended]",
+        ),
     ),
     # -- questions -------------------------------------------------------------------------------------------------
     Mutant(

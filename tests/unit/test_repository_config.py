@@ -59,6 +59,8 @@ def test_the_commands_of_a_submit_win_and_the_files_fill_in() -> None:
 
 
 def test_limits_of_the_file_fill_in_and_lower_and_never_raise() -> None:
+    told = read_config(b"retries = 2")
+    assert told.applied_to(SPEC).retries == 2 and told.applied_to(SPEC.model_copy(update={"retries": 0})).retries == 0
     config = read_config(b"[limits]\ntimeout_minutes = 90\nmax_turns = 50\nmax_budget_usd = 2.5")
     spec = config.applied_to(SPEC)
     assert (spec.timeout_minutes, spec.max_turns, spec.max_budget_usd) == (60, 50, 2.5)
@@ -111,6 +113,8 @@ def test_a_limit_is_never_above_what_was_asked_for(asked: float | None, bound: f
         ("template = 'a b'", "template", "form of a name"),
         ("template = ''", "template", "form of a name"),
         ("limits = 5", "limits", "must be a table"),
+        ("retries = 6", "retries", "at most 5"),
+        ("retries = -1", "retries", "at least 0"),
         ("[limits]\nmax_turns = 0", "limits.max_turns", "at least 1"),
         ("[limits]\nmax_turns = 1.5", "limits.max_turns", "whole number"),
         ("[limits]\nmax_turns = true", "limits.max_turns", "whole number"),
@@ -133,7 +137,7 @@ def test_what_lies_outside_of_its_bounds_is_refused_with_its_key(text: str, fiel
         ("setpu = 'x'", "setpu", "Did you mean setup?"),
         ("[limit]\nmax_turns = 5", "limit", "Did you mean limits?"),
         ("[limits]\nmax_turn = 5", "limits.max_turn", "Did you mean max_turns?"),
-        ("zzz = 1", "zzz", "setup, verify, environment, egress, template, limits"),
+        ("zzz = 1", "zzz", "setup, verify, retries, environment, egress, template, limits"),
         ("[limits]\nzzz = 1", "limits.zzz", "timeout_minutes, max_turns, max_budget_usd"),
         ('"\\u001b[31m<b>" = 1', "??31m?b?", "setup, verify"),
         (f"{'z' * 5000} = 1", "z" * 40, "setup, verify"),
