@@ -50,7 +50,13 @@ SECOND = {"retry_1_step_0.txt", "retry_1_step_1.txt"}
 
 
 @pytest.mark.full(
-    "e2b", "verified-sqlite", "put there-sqlite", "started-sqlite", "saved again-sqlite", "about to start again-sqlite"
+    "e2b",
+    "verified-sqlite",
+    "verified again-sqlite",
+    "put there-sqlite",
+    "started-sqlite",
+    "saved again-sqlite",
+    "about to start again-sqlite",
 )
 @pytest.mark.parametrize("moment", list(MOMENTS))
 @EITHER_SANDBOX
@@ -74,7 +80,7 @@ def test_whenever_a_worker_dies_each_retry_is_taken_once(installation: Installat
     assert runs[0][1] is None and "step_2.txt" in runs[1][1] and "retry_1_step_1.txt" in runs[2][1]
 
 
-@pytest.mark.full("e2b")
+@pytest.mark.full
 @EITHER_SANDBOX
 def test_a_retry_outlives_its_worker(installation: Installation) -> None:
     worker = installation.start_worker()
@@ -136,6 +142,7 @@ def test_a_cancel_during_a_retry_keeps_all_that_was_done_and_claims_nothing(inst
     assert files_of(installation, task_id) == FIRST | SECOND
 
 
+@pytest.mark.full("wrong")
 @pytest.mark.parametrize("verify", [NEVER, MENDED_BY_THE_FIRST], ids=["wrong", "mended"])
 def test_a_retry_that_is_cut_short_is_saved_and_checked_and_is_the_last(on_sqlite: Installation, verify: str) -> None:
     on_sqlite.start_worker()
@@ -149,6 +156,7 @@ def test_a_retry_that_is_cut_short_is_saved_and_checked_and_is_the_last(on_sqlit
     assert on_sqlite.log(task_id)[-1] == "Completed. Its last retry was cut short: It was to fail."
 
 
+@pytest.mark.full
 def test_all_runs_share_one_time_limit(on_sqlite: Installation) -> None:
     on_sqlite.start_worker()
     faults = {"steps": 3, "step_s": 1.5}
@@ -166,12 +174,13 @@ def test_all_runs_share_one_time_limit(on_sqlite: Installation) -> None:
 def test_where_a_limit_is_used_up_nothing_goes_back(on_sqlite: Installation, limit: str, usage: dict[str, Any]) -> None:
     on_sqlite.start_worker()
     task_id = submit(on_sqlite, NEVER, faults={"usage": usage}, **{limit: 5})
-    on_sqlite.conclude()
+    on_sqlite.wait_all()
     task = on_sqlite.task(task_id)
     assert (task.verdict, task.retries_used) == ("failed", 0)
     assert f"No retry: {limit} of the task used up." in on_sqlite.log(task_id)
 
 
+@pytest.mark.full
 def test_an_agent_that_changes_nothing_is_told_as_often_as_was_asked_for_and_no_more(on_sqlite: Installation) -> None:
     on_sqlite.start_worker()
     task_id = submit(on_sqlite, NEVER, {"steps": 0}, retries=2)

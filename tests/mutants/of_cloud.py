@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.mutant import CLOUD, CLOUD_TASKS, PROCESSES, QUEUE, SANDBOXES, Mutant
+from tests.mutants.mutant import CLOUD, CLOUD_TASKS, CONTRACT, PROCESSES, QUEUE, SANDBOXES, Mutant
 
 MUTANTS = (
     # -- the cloud ---------------------------------------------------------------------------------------------------

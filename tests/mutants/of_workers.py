@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.mutant import (
+    CONTRACT,
     LEASES,
     PROCESSES,
     QUESTIONS,
@@ -203,9 +204,7 @@ MUTANTS = (
         f"{QUEUE}/sandboxes/processes.py",
         "            if any(other > number or self.record(other).alive() for other in others):\n",
         "            if any(other > number for other in others):\n",
-        (
-            "tests/contracts/test_sandbox.py::test_contract[local-a_later_command_starts_once_too_when_the_one_before_has_ended]",
-        ),
+        (f"{CONTRACT}[local-a_later_command_starts_once_too_when_the_one_before_has_ended]",),
     ),
     # -- questions -------------------------------------------------------------------------------------------------
     Mutant(
