@@ -19,6 +19,7 @@ from cloudagent_storage.records import (
     TaskStatus,
     Usage,
     Verdict,
+    VerifyResult,
     new_id,
 )
 from cloudagent_storage.store import Store
@@ -28,6 +29,7 @@ from cloudagent_storage.store.tasks import Tasks
 from tests.support.stored import EXPIRED, ask, at_once, claimed, in_processes, line, messages, queued
 
 FAILED = TaskError(code="agent_error", message="It failed.", remedy="Try again.")
+FAILED_VERIFY = VerifyResult(command="make test", exit_code=2, output="lost\n", commit="abc", seconds=1.5)
 
 
 @contextmanager
@@ -41,6 +43,9 @@ def uncommitted(url: str) -> Generator[tuple[ThreadPoolExecutor, Database]]:
         with database.writing():
             yield other, database
     database.close()
+
+
+FAILED = VerifyResult(command="make test", exit_code=2, output="lost\n", commit="abc", seconds=1.5)
 
 
 def status(store: Store, task_id: str) -> TaskStatus:
@@ -209,6 +214,8 @@ def test_the_next_attempt_goes_on_where_the_last_one_stopped(store: Store) -> No
         base_sha="abc",
         provider="local",
         model="m",
+        retries_used=1,
+        failed_verify=FAILED_VERIFY,
     )
     store.tasks.follow(
         task_id,
@@ -225,6 +232,8 @@ def test_the_next_attempt_goes_on_where_the_last_one_stopped(store: Store) -> No
     assert (second.log_offset, second.running_seconds, second.credentials) == (120, 12.5, b"sealed")
     assert (second.task.phase, second.task.base_sha, second.task.provider) == (Phase.AGENT, "abc", "local")
     assert (second.task.model, second.task.usage) == ("m", Usage(turns=3, cost_usd=0.25))
+    assert (second.task.retries_used, second.failed_verify) == (1, FAILED_VERIFY)
+    assert (first.task.retries_used, first.failed_verify) == (0, None)
     assert second.task.started_at == first.task.started_at
     assert messages(store, task_id) == ["Queued.", "one", "two"]
 
