@@ -45,9 +45,6 @@ def uncommitted(url: str) -> Generator[tuple[ThreadPoolExecutor, Database]]:
     database.close()
 
 
-FAILED = VerifyResult(command="make test", exit_code=2, output="lost\n", commit="abc", seconds=1.5)
-
-
 def status(store: Store, task_id: str) -> TaskStatus:
     return store.tasks.get(LOCAL_ACCOUNT, task_id).status
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,9 @@ from cloudagent_queue.sandboxes.local import LocalProvider
 from cloudagent_storage.errors import CredentialMissing
 from cloudagent_storage.records import TaskSpec
 from tests.support.scripts import HANG, STEPS, WRITE_AND_COMMIT, bash, pause, say, use
+from tests.support.worlds import until
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
-
-
-def until(reached: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := reached()):
-        assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}"
-        time.sleep(0.02)
-    return found
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -271,10 +264,8 @@ def test_a_later_run_has_a_result_of_its_own_and_obeys_no_stop_of_an_earlier_one
     with ScriptedModel([STEPS]) as model:
         first = box.run(model, "Take steps")
         box.tell("stop", kind="stop", reason="it has little time", number=1)
-        assert box.run(model, "Take steps once more", number=2, result="run/result_2.json") == first
-    second = json.loads((box.root / "run" / "result_2.json").read_bytes())
-    assert (first["outcome"], second["outcome"]) == ("completed", "completed")
-    assert [event["seq"] for event in box.events()] == list(range(1, len(box.events()) + 1)), "the log goes on"
+        assert box.run(model, "Take steps once more", number=2, result="run/second.json") == first
+    assert json.loads((box.root / "run" / "second.json").read_bytes())["outcome"] == "completed"
 
 
 @pytest.mark.parametrize("how", ["inbox", "SIGTERM"])
