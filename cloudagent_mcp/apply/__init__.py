@@ -181,7 +181,7 @@ def take_back_interrupted(state_folder: Path) -> list[Path]:
                     mended.append(target.top)
         except Busy:
             continue
-        except (CloudAgentError, OSError, ValueError, KeyError) as error:
+        except (CloudAgentError, OSError, ValueError, KeyError, TypeError) as error:
             log.warning("an apply that was interrupted could not be taken back: %s", type(error).__name__)
     return mended
 

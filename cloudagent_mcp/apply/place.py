@@ -330,6 +330,7 @@ def _check_as_left(made: Made, repository: LocalRepository, place: Path) -> None
     with tempfile.TemporaryDirectory(prefix="cloudagent-index-") as temporary:
         fresh = {"GIT_INDEX_FILE": str(Path(temporary) / "index")}
         _inside(repository, place, "read-tree", made.entry["tip"], env=fresh)
+        _inside(repository, place, "update-index", "-q", "--refresh", env=fresh, ok=(0, 1))
         options = ["-z", "--name-only", "--no-ext-diff", "--ignore-submodules=none"]
         for asked, env in (
             (["diff-files", *options], fresh),
