@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,28 +120,21 @@ def test_what_was_previewed_is_what_is_written(shop: Path, workshop: Workshop, o
     assert run_apply(shop, result, destination=destination, preview=shown).outcome == "applied"
 
 
-def moved_head(shop: Path) -> None:
-    commit(shop, {"a.txt": LINES.replace("line 17\n", "user\n")})
+MEANWHILE: dict[str, Callable[[Path], object]] = {
+    "changed": lambda shop: put(shop, {"0.txt": "mine\n"}),
+    "added": lambda shop: put(shop, {"new/x.txt": "mine\n"}),
+    "deleted": lambda shop: put(shop, {"1.txt": None}),
+    "its mode": lambda shop: (shop / "0.txt").chmod(0o600),
+    "changed to the same": lambda shop: put(shop, {"0.txt": "new\n"}),
+    "something to merge": lambda shop: commit(shop, {"a.txt": LINES.replace("line 17\n", "user\n")}),
+}
 
 
-@pytest.mark.parametrize(
-    "meanwhile",
-    [
-        lambda shop: put(shop, {"0.txt": "mine\n"}),
-        lambda shop: put(shop, {"new/x.txt": "mine\n"}),
-        lambda shop: put(shop, {"1.txt": None}),
-        lambda shop: (shop / "0.txt").chmod(0o600),
-        lambda shop: put(shop, {"0.txt": "new\n"}),
-        moved_head,
-    ],
-    ids=["changed", "added", "deleted", "its mode", "changed to the same", "something to merge"],
-)
-def test_a_preview_is_outdated_when_the_tree_has_changed(
-    shop: Path, workshop: Workshop, meanwhile: Callable[[Path], object]
-) -> None:
+@pytest.mark.parametrize("what", MEANWHILE)
+def test_a_preview_is_outdated_when_the_tree_has_changed(shop: Path, workshop: Workshop, what: str) -> None:
     result = workshop.result({**WORK, "a.txt": LINES.replace("line 2\n", "task\n")})
     shown = token(shop, result)
-    meanwhile(shop)
+    MEANWHILE[what](shop)
     before = fingerprint(shop)
     with pytest.raises(PreviewOutdated) as refused:
         run_apply(shop, result, preview=shown)
@@ -154,12 +148,11 @@ def test_a_preview_is_of_one_result_one_directory_and_one_way(shop: Path, worksh
     result = workshop.result(WORK)
     shown = token(shop, result)
     other = workshop.result({**WORK, "4.txt": "4 newer\n"})
-    same_task = Result(result.task_id, result.branch, result.base_sha, result.input_bundle, b"")
     bundle = workshop.folder / ".git" / "again"
     git(workshop.folder, "update-ref", f"refs/heads/{result.branch}", f"refs/heads/{other.branch}")
     base = f"^{result.base_sha}"
     git(workshop.folder, "bundle", "create", "-q", str(bundle), f"refs/heads/{result.branch}", base)
-    changed = Result(**{**vars(same_task), "result_bundle": bundle.read_bytes()})
+    changed = replace(result, result_bundle=bundle.read_bytes())
     git(tmp_path, "clone", "--quiet", "shop", "clone")
     for directory, what, options in (
         (shop, changed, {}),
