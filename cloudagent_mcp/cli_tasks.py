@@ -234,15 +234,15 @@ def apply_(
     Several are applied in order, each verified again on top of those before it, and taken back if that fails.
     """
     arguments = {"allow_sensitive": list(allow_sensitive), **_directory(directory)}
-    places, first, more = _onto(branch, worktree), task_ids[0], task_ids[1:]
+    where, first, more = _onto(branch, worktree), task_ids[0], task_ids[1:]
     if more:
-        if places or any(options.values()):
+        if where or any(options.values()):
             raise click.UsageError(
-                "Several are applied to the files alone, and what is on top of another result is only known once that is applied."
+                "Several are applied to the files alone, and what comes of one is only known once the former is."
             )
         sys.exit(_apply_in_order(task_ids, arguments, as_json))
     with client() as api:
-        done = api.apply(api.resolve(first), **options, **places, **arguments)
+        done = api.apply(api.resolve(first), **options, **where, **arguments)
     print_answer(done, as_json, "show_applied")
 
 

@@ -185,7 +185,7 @@ def make(
         try:
             _make(made, repository, quarantine, commits)
         except (OSError, git.GitFailed) as error:
-            _finish(made, repository)
+            finish(made, repository)
             target.settled()
             if isinstance(error, git.GitFailed):
                 raise TargetNotAllowed(
@@ -194,7 +194,7 @@ def make(
                 ) from error
             raise cannot_write(error) from error
         except BaseException:
-            _finish(made, repository)
+            finish(made, repository)
             target.settled()
             raise
 
@@ -237,7 +237,7 @@ def take_back(target: Target, made: Made) -> None:
     if path is None or place is None or made.staging is None or not os.path.lexists(path):
         with target.half_done():
             made.save(stage="removing")
-            _finish(made, repository)
+            finish(made, repository)
         return
     _check_as_left(made, repository, path)
     with target.half_done():
@@ -250,13 +250,13 @@ def take_back(target: Target, made: Made) -> None:
             except BaseException:
                 os.rename(place, path)
                 raise
-            _finish(made, repository)
+            finish(made, repository)
         except OSError as error:
-            _finish(made, repository)
+            finish(made, repository)
             target.settled()
             raise cannot_write(error) from error
         except BaseException:
-            _finish(made, repository)
+            finish(made, repository)
             target.settled()
             raise
 
@@ -267,13 +267,13 @@ def finish_interrupted(target: Target) -> int:
     for made in begun:
         if target.repository is not None:
             try:
-                _finish(made, target.repository)
+                finish(made, target.repository)
             except (OSError, git.GitFailed) as error:
                 raise cannot_write(error) from error
     return len(begun)
 
 
-def _finish(made: Made, repository: LocalRepository) -> None:
+def finish(made: Made, repository: LocalRepository) -> None:
     """Bring a half done one to the side of its rename on which it is."""
     path, staging = made.path, made.staging
     if path is not None and staging is not None:

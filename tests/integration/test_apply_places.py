@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -534,10 +535,13 @@ def crashing_at(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (as_place.LocalRepository, "run"),
     ):
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
+
     # The dead do not clean up after themselves.
-    for place, name in ((as_place, "_finish"), (as_place.Target, "settled")):
-        real = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda *given, real=real: None if calls >= at else real(*given))
+    def unless_dead(function: Callable[..., None]) -> Callable[..., None]:
+        return lambda *given: None if calls >= at else function(*given)
+
+    monkeypatch.setattr(as_place, "finish", unless_dead(as_place.finish))
+    monkeypatch.setattr(as_place.Target, "settled", unless_dead(as_place.Target.settled))
 
 
 @pytest.mark.parametrize("undoing", [False, True], ids=["apply", "undo"])

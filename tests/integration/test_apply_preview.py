@@ -319,9 +319,15 @@ def ended(world: World, shop: Path, result: Result, status: TaskStatus | None) -
     app = world.app(shop)
     spec = TaskSpec(prompt="x", title="Do it", repository=str(shop))
     assert result.input_bundle is not None
-    blobs = {"input": result.input_bundle}
     store = app.store
-    store.tasks.add(LOCAL_ACCOUNT, spec, task_id=result.task_id, base_sha=result.base_sha, blobs=blobs, credentials=b"")
+    store.tasks.add(
+        LOCAL_ACCOUNT,
+        spec,
+        task_id=result.task_id,
+        base_sha=result.base_sha,
+        blobs={"input": result.input_bundle},
+        credentials=b"",
+    )
     claim = claimed(store, result.task_id)
     store.blobs.put(result.task_id, "result", result.result_bundle, attempt=claim.attempt)
     if status is not None:
