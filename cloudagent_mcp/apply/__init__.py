@@ -312,8 +312,8 @@ def _what_is_in(commits: Commits) -> str:
         )
     if commits.left_out_uncommitted:
         return (
-            f"{said} What you had not committed when the task was submitted is not in it; the task's own check was of "
-            "both together."
+            f"{said} What you had not committed when the task was submitted is not in it, though the task was done on "
+            "top of it."
         )
     return said
 
