@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cloudagent_mcp.cli_schedules import schedule
-from cloudagent_mcp.cli_shared import EXIT_FAILED, as_json, client, print_answer
+from cloudagent_mcp.cli_shared import EXIT_FAILED, as_json, client, print_answer, take_back_interrupted
 from cloudagent_mcp.cli_tasks import task
 from cloudagent_mcp.cli_template import template
 from cloudagent_storage.errors import (
@@ -156,6 +156,7 @@ def mcp(send_credentials: bool) -> None:
             err=True,
         )
     settings = Settings.read()
+    take_back_interrupted(settings)
     if settings.cloudagent_url is None:
         app = App(settings)
     else:

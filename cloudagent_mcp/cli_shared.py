@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from cloudagent_mcp.client import Client
+    from cloudagent_mcp.settings import Settings
 
 EXIT_FAILED = 1
 
@@ -23,11 +24,24 @@ def client() -> Generator[Client]:
     from cloudagent_mcp.client import open_client
     from cloudagent_mcp.settings import Settings
 
-    opened = open_client(Settings.read(), told=_show_upload)
+    settings = Settings.read()
+    take_back_interrupted(settings)
+    opened = open_client(settings, told=_show_upload)
     try:
         yield opened
     finally:
         opened.close()
+
+
+def take_back_interrupted(settings: Settings) -> None:
+    """What a process that died left half applied, in any directory, is brought to an end; told on standard error."""
+    state_folder = settings.cloudagent_home / "apply"
+    if not state_folder.is_dir():
+        return
+    from cloudagent_mcp import apply
+
+    for top in apply.take_back_interrupted(state_folder):
+        click.echo(f"An apply to {top} was interrupted; what was half done there is settled now.", err=True)
 
 
 def _show_upload(done: float, total: float, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,27 +187,62 @@ directory = click.option(
 )
 
 
+onto = (
+    click.option(
+        "--branch",
+        metavar="[NAME]",
+        is_flag=False,
+        flag_value="",
+        help="As a branch (the task's, or NAME); your files stay as they are.",
+    ),
+    click.option(
+        "--worktree",
+        metavar="[PATH]",
+        is_flag=False,
+        flag_value="",
+        help="As a branch that is checked out in a new worktree, beside the repository or at PATH.",
+    ),
+)
+
+
+def places(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(onto):
+        command = option(command)
+    return command
+
+
 @task.command("apply")
 @click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
 @directory
 @click.option("--dry-run", is_flag=True, help="Only say what would be written.")
+@click.option("--preview", metavar="TOKEN", help="Write what the dry run of that token showed, or nothing.")
+@places
+@click.option("--squash", is_flag=True, help="As one commit of that branch.")
 @click.option("--allow-sensitive", multiple=True, metavar="FILE", help="A file that can make a machine execute things.")
 @as_json
 def apply_(
-    task_ids: tuple[str, ...], directory: Path | None, dry_run: bool, allow_sensitive: tuple[str, ...], as_json: bool
+    task_ids: tuple[str, ...],
+    directory: Path | None,
+    branch: str | None,
+    worktree: str | None,
+    allow_sensitive: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Write a task's changes into a working tree: all or nothing, with a backup.
+    """Write a task's changes into a working tree: all or nothing, with a backup; or onto a branch of their own.
 
     Several are applied in order, each verified again on top of those before it, and taken back if that fails.
     """
     arguments = {"allow_sensitive": list(allow_sensitive), **_directory(directory)}
-    first, *more = task_ids
+    where, first, more = _onto(branch, worktree), task_ids[0], task_ids[1:]
     if more:
-        if dry_run:
-            raise click.UsageError("What is on top of another result is only known once that is applied.")
+        if where or any(options.values()):
+            raise click.UsageError(
+                "Several are applied to the files alone, and what comes of one is only known once the former is."
+            )
         sys.exit(_apply_in_order(task_ids, arguments, as_json))
     with client() as api:
-        done = api.apply(api.resolve(first), dry_run=dry_run, **arguments)
+        done = api.apply(api.resolve(first), **options, **where, **arguments)
     print_answer(done, as_json, "show_applied")
 
 
@@ -222,11 +258,12 @@ def _apply_in_order(task_ids: tuple[str, ...], arguments: dict[str, Any], as_jso
 @task.command()
 @task_id
 @directory
+@places
 @as_json
-def undo(task_id: str, directory: Path | None, as_json: bool) -> None:
-    """Take an applied result back, exactly."""
+def undo(task_id: str, directory: Path | None, branch: str | None, worktree: str | None, as_json: bool) -> None:
+    """Take an applied result back, exactly. Of several, the one that was applied last."""
     with client() as api:
-        done = api.apply(api.resolve(task_id), undo=True, **_directory(directory))
+        done = api.apply(api.resolve(task_id), undo=True, **_onto(branch, worktree), **_directory(directory))
     print_answer(done, as_json, "show_applied")
 
 
@@ -328,3 +365,14 @@ def _watch(api: Client, name: str, as_json: bool) -> int:
 
 def _directory(directory: Path | None) -> dict[str, str]:
     return {} if directory is None else {"directory": str(directory.absolute())}
+
+
+def _onto(branch: str | None, worktree: str | None) -> dict[str, str]:
+    if branch is None and worktree is None:
+        return {}
+    found = {"onto": "branch" if worktree is None else "worktree"}
+    if branch:
+        found["branch"] = branch
+    if worktree:
+        found["path"] = str(Path(worktree).absolute())
+    return found

@@ -114,8 +114,9 @@ class Confirmation:
                 return await operation.call(caller, {**arguments, self.argument: []})
             except self.refusal as refusal:
                 if not 0 < len(refusal.files) <= FILES_SHOWN:
-                    raise self.refusal(refusal.message, remedy=self.by_hand) from None
-                form = self._form(refusal.files)
+                    refusal.remedy = self.by_hand
+                    raise
+                form = self._form(refusal)
             asked = {form.key: form.about}
             said = await _ask(context, [form])
             if isinstance(said, InputRequiredResult):
@@ -126,14 +127,21 @@ class Confirmation:
             raise self.refusal(f"Your user was asked and did not agree. {self.refused}", remedy=self.by_hand)
         return await operation.call(caller, {**arguments, self.argument: list(files)})
 
-    def _form(self, files: Sequence[str]) -> Form:
-        listed = "\n".join(f"  {clean(file)}" for file in files)
+    def _form(self, refusal: ConfirmationNeeded | SecretsFound) -> Form:
+        files = [file if isinstance(file, str) else file[0] for file in refusal.files]
+        message = f"{self.question}\n{_listed(refusal.files)}"
+        dangers = refusal.dangers if isinstance(refusal, ConfirmationNeeded) else ()
+        others = dangers[: FILES_SHOWN - len(files)]
+        if others:
+            message += f"\nYou should know of these, too:\n{_listed(others)}"
+        if len(others) < len(dangers):
+            message += f"\n  … and {len(dangers) - len(others)} more, which dry_run lists."
         field = {"type": "boolean", "title": self.agree, "description": "I have looked at them.", "default": False}
         return Form(
             key=self.argument,
-            message=f"{self.question}\n{listed}",
+            message=message,
             schema={"type": "object", "properties": {"agree": field}, "required": ["agree"]},
-            about=tuple(files),
+            about=files,
         )
 
 
@@ -233,3 +241,8 @@ def question_form(task: Task) -> Form:
         schema={"type": "object", "properties": {"answer": field}, "required": ["answer"]},
         about=(task.task_id, task.asked.question_id),
     )
+
+
+def _listed(files: Sequence[str | tuple[str, str]]) -> str:
+    """Paths, with why where that is said."""
+    return "\n".join(f"  {clean(file if isinstance(file, str) else ': '.join(file))}" for file in files)

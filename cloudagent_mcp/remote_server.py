@@ -19,7 +19,7 @@ import httpx2
 
 from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Marked, in_thread
-from cloudagent_mcp.operations.results import Applied
+from cloudagent_mcp.operations.results import Applied, destination_of, session_folder
 from cloudagent_mcp.operations.tasks import WAIT_MAX_S
 from cloudagent_mcp.rest import repr_digest
 from cloudagent_mcp.session_home import SessionHome, bring_home
@@ -116,11 +116,22 @@ class RemoteServer:
 
     async def apply_task(self, folder: Path, marks: Mapping[str, Marked], *, task_id: str, **arguments: Any) -> Applied:
         """`apply_task` in a folder of this machine, of a task that the server keeps."""
+        where = {name: arguments.get(name) for name in ("onto", "branch", "path")}
+        wanted = destination_of(folder, **where, squash=bool(arguments.get("squash")), title="")
         folder = folder / (arguments.get("directory") or ".")
         if arguments.get("undo"):
-            done = await in_thread(lambda: apply.undo(folder, task_id=task_id, state_folder=self._state_folder))
+            done = await in_thread(
+                lambda: apply.undo(
+                    folder,
+                    task_id=task_id,
+                    state_folder=self._state_folder,
+                    destination=wanted if any(where.values()) else None,
+                )
+            )
             return Applied.model_validate({"task_id": task_id, **done.model_dump()})
         task = await self.call("get_task", marks["get_task"], {"task_id": task_id, "log_lines": 0})
+        if task["completed_at"] is None:
+            raise errors.NotReady()
         result, given = await self._bundle(task_id, "result"), await self._bundle(task_id, "input")
         if result is None or task["base_sha"] is None:
             raise errors.NoChanges()
@@ -135,16 +146,18 @@ class RemoteServer:
                 state_folder=self._state_folder,
                 dry_run=bool(arguments.get("dry_run")),
                 allow_sensitive=arguments.get("allow_sensitive") or (),
+                destination=wanted.model_copy(update={"title": task["title"]}),
+                preview=arguments.get("preview"),
             )
         )
-        done = Applied.model_validate({"task_id": task_id, "base_sha": task["base_sha"], **outcome.model_dump()})
-        if done.outcome != "applied":
+        done = Applied.of(task, outcome)
+        if (home := session_folder(done, folder)) is None:
             return done
         try:
             session = await self._session(task_id)
         except errors.CloudAgentError as error:
             return done.model_copy(update={"session_refused": error.code})
-        return await in_thread(lambda: done.with_session(lambda: self._bring_home(session, task_id, folder)))
+        return await in_thread(lambda: done.with_session(lambda: self._bring_home(session, task_id, home)))
 
     async def resume_task(self, task_id: str, directory: Path) -> SessionHome:
         """A task's session, put where this machine's Claude Code finds it. Raises errors under `SessionRefused`."""

@@ -331,9 +331,18 @@ def show_diff(diff: dict[str, Any]) -> None:
 
 def show_applied(done: dict[str, Any]) -> None:
     for file in done["files"]:
-        mark = " [yellow](can make a machine execute things)[/]" if file["sensitive"] else ""
-        console.print(f"  {file['change']:<9}{_safe(file['path'])}{mark}")
+        size = "binary" if file["binary"] else f"+{file['insertions']} -{file['deletions']}"
+        merged = " [yellow](merged with your commits)[/]" if file["merged"] else ""
+        console.print(f"  {file['change'] or '':<9}{_safe(file['path'])} [dim]{size}[/]{merged}")
+    if done.get("dangers") and done["outcome"] != "undone":
+        console.print("[yellow]Worth a look:[/]")
+        for danger in done["dangers"]:
+            console.print(f"  {_safe(danger['path'])}: {_safe(danger['why'])}", soft_wrap=True)
     console.print(_safe(done["message"]))
+    if done.get("worktree") and done["outcome"] == "applied":
+        console.print(f"[dim]Worktree:[/] {_safe(done['worktree'])}", soft_wrap=True)
+    if done.get("preview"):
+        console.print(f"[dim]To write exactly this:[/] --preview {_safe(done['preview'])}", soft_wrap=True)
     if done.get("backup_ref"):
         console.print(f"[dim]Backup:[/] {done['backup_ref']}")
     if done.get("resume"):

@@ -20,6 +20,7 @@ from cloudagent_mcp.operations import Caller, Marked, Operation, plain_schema
 from cloudagent_mcp.operations.delegation import Delegated
 from cloudagent_mcp.operations.diffs import Diff
 from cloudagent_mcp.operations.messages import QuestionList
+from cloudagent_mcp.operations.results import Applied
 from cloudagent_mcp.operations.tasks import TaskList
 from cloudagent_mcp.untrusted import clean, cut, fence
 from cloudagent_storage.errors import CloudAgentError, Internal
@@ -136,9 +137,10 @@ def refusal(error: CloudAgentError) -> CallToolResult:
     text = f"{error.code}: {error.message} {error.remedy}"
     if error.field is not None:
         text += f" (argument: {error.field})"
-    return CallToolResult(
-        content=[TextContent(type="text", text=text)], structured_content=error.as_dict(), is_error=True
-    )
+    said = error.as_dict()
+    while len(said.get("files", ())) > 1 and _size(json.dumps(said)) > ANSWER_MAX:
+        said["files"] = said["files"][: len(said["files"]) // 2]
+    return CallToolResult(content=[TextContent(type="text", text=text)], structured_content=said, is_error=True)
 
 
 def shown(answer: Any, *, newest: bool = False) -> str:
@@ -156,6 +158,13 @@ def shown(answer: Any, *, newest: bool = False) -> str:
     if isinstance(answer, QuestionList):
         while _size(text) > ANSWER_MAX and len(answer.questions) > 1:
             answer = QuestionList(questions=answer.questions[: len(answer.questions) // 2], more=True)
+            text = _json(answer, prompt=prompt, said=said)
+    if isinstance(answer, Applied):
+        # `totals` says how many there are, and what needs to be named comes first.
+        while _size(text) > ANSWER_MAX and len(answer.files) + len(answer.dangers) > 1:
+            longer = "files" if len(answer.files) >= len(answer.dangers) else "dangers"
+            fewer = getattr(answer, longer)[: len(getattr(answer, longer)) // 2]
+            answer = answer.model_copy(update={longer: fewer})
             text = _json(answer, prompt=prompt, said=said)
     # A page can be asked for anew with fewer entries; of all else, less of each text is shown until it fits.
     while _size(text) > ANSWER_MAX and said > LEAST_SAID and _length(answer) <= 1:

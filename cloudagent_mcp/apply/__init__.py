@@ -1,71 +1,65 @@
-"""A task's result comes home: into a working tree on the user's own machine, all of it or nothing.
+"""A task's result comes home: into a repository on the user's own machine, all of it or nothing.
 
 policy.py    which changes are written at all, and which only when the user names them
-plan.py      what is to be done to each file
+preview.py   what would be done, in numbers and dangers, and the token that binds it
+outcome.py   what an apply is asked for, and what it answers
+target.py    the directory, locked, and what is recorded of it
+plan.py      what is to be done to each file of a working tree
 layers.py    results on top of each other
 tree.py      files of a working tree, without a way out of it
 journal.py   originals on the disk before the first write
+files.py     a result as files of a working tree
+commits.py   which commits a branch gets
+place.py     a result as a branch, or as a worktree on one
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import re
-import tempfile
-import time
+import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
-from cloudagent_mcp.apply.journal import Journal, Step, recognised
-from cloudagent_mcp.apply.layers import Layers
+from cloudagent_mcp.apply import files as as_files
+from cloudagent_mcp.apply import place as as_place
+from cloudagent_mcp.apply.commits import Commits, check_history, make_commits
+from cloudagent_mcp.apply.journal import Step
+from cloudagent_mcp.apply.outcome import FILES, AppliedFile, ApplyOutcome, Danger, Destination, Onto, Totals
 from cloudagent_mcp.apply.plan import make_plan
-from cloudagent_mcp.apply.policy import check_changes, is_notable, is_sensitive, listed
-from cloudagent_mcp.apply.tree import Changed, InTheWay, Tree
-from cloudagent_queue import git
-from cloudagent_queue.repository import ChangedFile, LocalRepository, Quarantine, check_ref, origin_of
+from cloudagent_mcp.apply.policy import check_changes, is_sensitive, listed
+from cloudagent_mcp.apply.preview import dangers_of, files_of, token_of, totals_of, why_sensitive
+from cloudagent_mcp.apply.target import MARK, Target
+from cloudagent_queue.repository import ChangedFile, Quarantine, check_ref
 from cloudagent_storage.errors import (
     AlreadyApplied,
     ApplyConflict,
     Busy,
+    CloudAgentError,
     ConfirmationNeeded,
+    InvalidInput,
     NoChanges,
     NothingToUndo,
-    RepositoryNotFound,
-    TargetNotAllowed,
-    TaskNotFound,
+    PreviewOutdated,
+    TargetExists,
+    UnsafeChange,
 )
-from cloudagent_storage.records import ID_LENGTH, Record, short_id
 
-__all__ = ["AppliedFile", "ApplyOutcome", "apply", "undo"]
+__all__ = [
+    "AppliedFile",
+    "ApplyOutcome",
+    "Danger",
+    "Destination",
+    "Onto",
+    "Totals",
+    "apply",
+    "take_back_interrupted",
+    "undo",
+]
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_TASK_ID = re.compile(rf"task_[a-z2-7]{{{ID_LENGTH}}}")
-
-
-class AppliedFile(Record):
-    """One file of a result."""
-
-    path: str
-    change: Literal["added", "modified", "deleted", "renamed"]
-    sensitive: bool = False
-    """Worth a look, since it can make a machine execute things. Some need to be named before they are written."""
-
-
-class ApplyOutcome(Record):
-    """What was done to a working tree, or would be."""
-
-    outcome: Literal["applied", "would_apply", "undone"]
-    files: tuple[AppliedFile, ...]
-    backup_ref: str | None = None
-    """A commit of everything that was in the working tree before."""
-    branch: str | None = None
-    """The local branch that the result is on as well, to be looked at or merged."""
-    message: str
+log = logging.getLogger(__name__)
 
 
 def apply(
@@ -79,20 +73,28 @@ def apply(
     state_folder: Path,
     dry_run: bool = False,
     allow_sensitive: Sequence[str] = (),
+    destination: Destination = FILES,
+    preview: str | None = None,
 ) -> ApplyOutcome:
-    """Write a result into the working tree that `directory` lies in. Only files are written: no commit, no index.
+    """Bring a result into the repository that `directory` lies in: to its files, as a branch, or as a worktree.
 
-    Without `input_bundle` the task had no repository, and any working tree will do, or a folder without one; an empty
-    or new folder becomes a repository. Where the user has committed changes to the same files meanwhile, both are
-    merged. `state_folder` keeps what `undo` needs. With `dry_run` nothing is written.
+    As files there is no commit, and the index stays; where the user has committed changes to the same files meanwhile,
+    both are merged. Without `input_bundle` the task had no repository, and any working tree will do, or a folder
+    without one; an empty or new folder becomes a repository. As a branch or worktree, the working tree is not touched.
+    `state_folder` keeps what `undo` needs.
 
-    Raises `TargetNotAllowed`, `UnsafeChange`, `ConfirmationNeeded`, `ApplyConflict`, `AlreadyApplied`, `Busy`; in each
-    case the working tree is as it was.
+    With `dry_run` nothing is written, and the answer has a token. With such a token as `preview` exactly what was shown
+    is written, or nothing.
+
+    Raises errors under `ApplyRefused`, `AlreadyApplied`, `NoChanges`, `Busy`, and `InvalidInput` for a destination that
+    contradicts itself; in each case all is as it was.
     """
     check_ref(branch)
+    _check_destination(destination)
     fingerprint = hashlib.sha256(result_bundle).hexdigest()
-    with _Target.locked(directory, task_id, state_folder, may_be_new=input_bundle is None) as target:
-        if target.holds(fingerprint):
+    may_be_new = input_bundle is None and destination.onto == "files"
+    with _opened(directory, task_id, state_folder, may_be_new=may_be_new) as target:
+        if destination.onto == "files" and target.holds(fingerprint):
             raise AlreadyApplied()
         with Quarantine.holding(input_bundle, base_sha, result_bundle, branch, strict=False) as quarantine:
             if input_bundle is not None:
@@ -101,250 +103,268 @@ def apply(
             if not changes:
                 raise NoChanges()
             check_changes(quarantine, changes)
-            steps = make_plan(quarantine, changes, target.tree, target.repository, target.earlier())
-            if not steps:
-                raise AlreadyApplied()
-            files = _files_of(quarantine, changes)
-            missing = sorted({s.path for s in steps if is_sensitive(s.path)} - set(allow_sensitive))
-            if dry_run:
-                message = f"{_count(files)} would be written."
-                if missing:
-                    message += f" These need to be named in allow_sensitive: {listed(missing)}."
-                return ApplyOutcome(outcome="would_apply", files=files, message=message)
-            if missing:
-                refusal = ConfirmationNeeded(
-                    f"These files can make a machine execute things: {listed(missing)}. Nothing was written."
-                )
-                refusal.files = tuple(missing)
-                raise refusal
-            return target.write(quarantine, branch, steps, files, fingerprint)
-
-
-def undo(directory: Path, *, task_id: str, state_folder: Path) -> ApplyOutcome:
-    """Take an applied result back: every file of it is again what it was, byte for byte.
-
-    Raises `NothingToUndo`, and `ApplyConflict`, naming them, when files were changed since; then nothing is written.
-    """
-    with _Target.locked(directory, task_id, state_folder, may_be_new=False) as target:
-        journal = target.journal()
-        if journal is None or target.tree is None:
-            raise NothingToUndo()
-        if changed := journal.differing(target.tree):
-            raise ApplyConflict(
-                f"Changed since the result was applied: {listed(changed)}. Nothing was written.",
-                remedy="Undo those changes first, or take what you need from the backup ref.",
+            try:
+                plan = _plan(target, quarantine, changes, branch, destination, fingerprint)
+            except (ApplyConflict, TargetExists) as refusal:
+                if preview is None:
+                    raise
+                raise PreviewOutdated(files=refusal.files) from refusal
+            token = token_of(
+                task_id=task_id,
+                top=target.top,
+                onto=destination.onto,
+                fingerprint=fingerprint,
+                steps=plan.steps,
+                bound=plan.bound,
             )
+            missing = sorted(plan.sensitive - set(allow_sensitive))
+            if dry_run:
+                return plan.outcome(
+                    "would_apply",
+                    f"{_count(plan.files)} would be written{plan.where}.{plan.note}"
+                    + (f" These need to be named in allow_sensitive: {listed(missing)}." if missing else ""),
+                    preview=token,
+                )
+            if preview is not None and preview != token:
+                raise PreviewOutdated(files=[(path, "is part of what would be done now") for path in plan.written])
+            if missing:
+                raise _confirmation(missing, plan.dangers)
+            return plan.carry_out(fingerprint)
+
+
+def undo(directory: Path, *, task_id: str, state_folder: Path, destination: Destination | None = None) -> ApplyOutcome:
+    """Take an applied result back: what was done last, or what was done to that destination.
+
+    Every file is again what it was, byte for byte; a branch or worktree that was made is no more. Raises
+    `NothingToUndo`, and `ApplyConflict`, naming it, when something was changed since; then nothing is.
+    """
+    with _opened(directory, task_id, state_folder, may_be_new=False) as target:
+        journal = target.journal()
+        if target.tree is None:
+            raise NothingToUndo()
+        places = as_place.Made.all(target, task_id)
+        if destination is not None:
+            places = _named(target, places, destination)
+            if destination.onto != "files" or places:
+                journal = None
+        if places and (journal is None or journal.about.get("at", 0.0) < places[-1].entry["at"]):
+            made = places[-1]
+            as_place.take_back(target, made)
+            what = "worktree and its branch are" if made.path and made.entry["branch_made"] else f"{made.onto} is"
+            return ApplyOutcome(
+                outcome="undone",
+                files=made.files,
+                branch=made.branch,
+                worktree=None if made.path is None else str(made.path),
+                message=f"The {what} removed; no file of yours was touched.",
+            )
+        if journal is None:
+            raise NothingToUndo()
         files = tuple(AppliedFile(**file) for file in journal.about["files"])
         backup_ref, branch = journal.about["backup_ref"], journal.about["branch"]
-        try:
-            changed = journal.take_back(target.tree)
-        except OSError as error:
-            raise _cannot_write(error) from error
-        if changed:
-            raise ApplyConflict(f"Changed in this very moment, and left alone: {listed(changed)}.")
+        as_files.take_back(target, journal)
         message = f"{_count(files)} put back as before."
         return ApplyOutcome(outcome="undone", files=files, backup_ref=backup_ref, branch=branch, message=message)
 
 
-class _Target:
-    """The folder that a result goes to, while nobody else applies anything to it."""
+def take_back_interrupted(state_folder: Path) -> list[Path]:
+    """Bring to an end what processes that died left half done, in whichever directory; these directories.
 
-    def __init__(self, top: Path, repository: LocalRepository | None, task_id: str, state: Path) -> None:
-        self.top = top
-        self.repository = repository
-        self.tree = Tree(top) if top.is_dir() else None
-        self._task_id = task_id
-        self._state = state
-
-    @classmethod
-    @contextmanager
-    def locked(cls, directory: Path, task_id: str, state_folder: Path, *, may_be_new: bool) -> Generator[_Target]:
-        """Find the working tree, lock it, and take back what an interrupted apply left half done."""
-        if not _TASK_ID.fullmatch(task_id):
-            raise TaskNotFound()
-        top, repository = _find(directory, may_be_new=may_be_new)
-        state = state_folder / hashlib.sha256(str(top).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    One that is gone, or is another one by now, is left alone, and so is one in which somebody is at work. Raises
+    nothing: what cannot be mended now stays as it is for the next time.
+    """
+    mended: list[Path] = []
+    for mark in state_folder.glob(f"*/{MARK}"):
         try:
-            with FileLock(state / "lock", timeout=0):
-                target = cls(top, repository, task_id, state)
-                try:
-                    target._finish_interrupted()
-                    yield target
-                finally:
-                    if target.tree is not None:
-                        target.tree.close()
-        except Timeout:
-            raise Busy() from None
+            with Target.marked(mark.parent) as target:
+                if target is not None and _finish_interrupted(target):
+                    mended.append(target.top)
+        except Busy:
+            continue
+        except (CloudAgentError, OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("an apply that was interrupted could not be taken back: %s", type(error).__name__)
+    return mended
 
-    def journal(self) -> Journal | None:
-        """The record of this task's apply, when it was applied here."""
-        folder = self._state / self._task_id
-        return Journal.open(folder) if folder.is_dir() else None
 
-    def holds(self, fingerprint: str) -> bool:
-        """Was this very result applied here, and is it all still here?"""
-        journal = self.journal()
-        if journal is None or self.tree is None or journal.about["fingerprint"] != fingerprint:
-            return False
-        earlier, changes = self.earlier(), journal.changes()
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done, and what is said of it."""
+
+    target: Target
+    quarantine: Quarantine
+    destination: Destination
+    files: tuple[AppliedFile, ...]
+    dangers: tuple[Danger, ...]
+    sensitive: frozenset[str]
+    """Those that need to be named."""
+    steps: tuple[Step, ...]
+    branch: str
+    path: Path | None
+    commits: Commits | None
+    note: str
+    """What there is to know of it, in sentences."""
+
+    @property
+    def bound(self) -> tuple[str, ...]:
+        """What of a branch a preview binds."""
+        if self.destination.onto == "files" or self.commits is None:
+            return ()
+        return (self.branch, str(self.path), *self.commits.about)
+
+    @property
+    def written(self) -> list[str]:
+        return [step.path for step in self.steps] or [file.path for file in self.files]
+
+    @property
+    def where(self) -> str:
+        return {"files": "", "branch": f" to the branch {self.branch}", "worktree": " to a worktree"}[
+            self.destination.onto
+        ]
+
+    def outcome(self, outcome: Literal["applied", "would_apply"], message: str, **more: Any) -> ApplyOutcome:
+        return ApplyOutcome(
+            outcome=outcome,
+            files=self.files,
+            totals=totals_of(self.files),
+            dangers=self.dangers,
+            message=message,
+            **{"branch": None if self.destination.onto == "files" else self.branch, **more},
+            worktree=None if self.path is None else str(self.path),
+        )
+
+    def carry_out(self, fingerprint: str) -> ApplyOutcome:
+        target, quarantine, note = self.target, self.quarantine, self.note
+        back = f"`ca task undo {target.task_id}` takes it back."
+        if self.destination.onto == "files":
+            backup_ref, kept = as_files.write(
+                target, quarantine, self.branch, self.steps, self.files, fingerprint, self.commits
+            )
+            if target.repository is not None and kept is None and self.commits is not None:
+                note += " A branch of the result's name exists already and was left alone."
+            message = f"{_count(self.files)} written. {back}{note}"
+            return self.outcome("applied", message, backup_ref=backup_ref, branch=kept)
+        assert self.commits is not None
+        as_place.make(target, quarantine, self.branch, self.path, self.commits, self.files, fingerprint)
+        return self.outcome("applied", f"{_count(self.files)} written{self.where}.{note} {back}")
+
+
+def _plan(
+    target: Target,
+    quarantine: Quarantine,
+    changes: Sequence[ChangedFile],
+    branch: str,
+    destination: Destination,
+    fingerprint: str,
+) -> _Plan:
+    """Raises what stands against it."""
+    steps: list[Step] = []
+    commits: Commits | None = None
+    name, path, note = branch, None, ""
+    sensitive = {file.path for file in changes if is_sensitive(file.path)}
+    earlier: list[str] = []
+    if destination.onto == "files":
+        steps = make_plan(quarantine, changes, target.tree, target.repository, target.earlier())
+        if not steps:
+            raise AlreadyApplied()
+        sensitive &= {step.path for step in steps}
         try:
-            now = {path: recognised(self.tree.read(path)) for path in journal.differing(self.tree)}
-        except InTheWay:
-            return False
-        return all(earlier.covers(path, changes[path][1], found) for path, found in now.items())
+            if not check_history(quarantine):
+                commits = make_commits(quarantine, target.repository, task_id=target.task_id)
+        except UnsafeChange:
+            pass
+        if commits is None:
+            note = " Its commits are not kept as a branch: not all of them could be checked out safely."
+    else:
+        earlier = [] if destination.squash else check_history(quarantine)
+        sensitive |= set(earlier)
+        name, path = as_place.name_of(destination, branch), as_place.path_of(target, destination)
+        commits = make_commits(
+            quarantine,
+            target.repository,
+            task_id=target.task_id,
+            title=destination.title,
+            squash=destination.squash,
+        )
+        as_place.check_free(target, name, path, commits, fingerprint)
+        note = f" {_what_is_in(commits)}"
+    return _Plan(
+        target=target,
+        quarantine=quarantine,
+        destination=destination,
+        files=files_of(quarantine, changes, merged=[step.path for step in steps if step.merged]),
+        dangers=dangers_of(quarantine, changes, earlier=earlier),
+        sensitive=frozenset(sensitive),
+        steps=tuple(steps),
+        branch=name,
+        path=path,
+        commits=commits,
+        note=note,
+    )
 
-    def earlier(self) -> Layers:
-        """What other results have made of this folder."""
-        folders = (entry for entry in self._state.iterdir() if _TASK_ID.fullmatch(entry.name))
-        journals = [Journal.open(folder) for folder in sorted(folders) if folder.name != self._task_id]
-        return Layers([journal for journal in journals if journal is not None])
 
-    def check_holds_base(self, quarantine: Quarantine) -> None:
-        """Is this the repository that the task started from?"""
-        origin = origin_of(quarantine.run("show", "--no-patch", "--format=%B", quarantine.base).text)
-        if self.repository is None:
-            raise TargetNotAllowed("The directory lies in no git repository.")
-        if not any(self.repository.commit(name) for name in (quarantine.base, origin) if name):
-            raise TargetNotAllowed(
-                "This repository does not hold the commit that the task started from.",
-                remedy="Pass the repository that the task is about; if it is this one, `git fetch` first.",
+def _what_is_in(commits: Commits) -> str:
+    count = "1 commit" if commits.count == 1 else f"{commits.count} commits"
+    said = f"The branch is {count} on {commits.start[:12]}."
+    if commits.holds_uncommitted:
+        return (
+            f"{said} Below, as a commit of its own, is what you had not committed when the task was submitted: "
+            "the task changed the same lines."
+        )
+    if commits.left_out_uncommitted:
+        return (
+            f"{said} What you had not committed when the task was submitted is not in it, though the task was done on "
+            "top of it."
+        )
+    return said
+
+
+def _named(target: Target, places: list[as_place.Made], wanted: Destination) -> list[as_place.Made]:
+    """Those that a destination means. One that says only how its branch or its folder is called may be either kind."""
+    if wanted == Destination(title=wanted.title):
+        return []
+    path = as_place.path_of(target, wanted.model_copy(update={"onto": "worktree"})) if wanted.path else None
+    return [
+        made
+        for made in places
+        if wanted.onto in ("files", made.onto) and wanted.branch in (None, made.branch) and path in (None, made.path)
+    ]
+
+
+@contextmanager
+def _opened(directory: Path, task_id: str, state_folder: Path, *, may_be_new: bool) -> Generator[Target]:
+    """The target, locked, without anything that is half done."""
+    with Target.locked(directory, task_id, state_folder, may_be_new=may_be_new) as target:
+        _finish_interrupted(target)
+        yield target
+
+
+def _finish_interrupted(target: Target) -> int:
+    count = as_files.finish_interrupted(target) + as_place.finish_interrupted(target)
+    target.settled()
+    return count
+
+
+def _check_destination(destination: Destination) -> None:
+    for name in ("branch", "path", "squash"):
+        if getattr(destination, name) and (
+            destination.onto == "files" or (name == "path" and destination.onto == "branch")
+        ):
+            raise InvalidInput(
+                f"{name} is for a result that goes to a {'worktree' if name == 'path' else 'branch or worktree'}.",
+                remedy="Say so with onto (`--branch`, `--worktree`), or leave it out.",
+                field=name,
             )
 
-    def write(
-        self,
-        quarantine: Quarantine,
-        branch: str,
-        steps: Sequence[Step],
-        files: tuple[AppliedFile, ...],
-        fingerprint: str,
-    ) -> ApplyOutcome:
-        """Make the backup, then write, and take everything back when that fails."""
-        try:
-            self._prepare(steps)
-            backup_ref = self._backup()
-            kept_branch = self._keep_branch(quarantine, branch)
-        except (OSError, git.GitFailed) as error:
-            raise _cannot_write(error) from error
-        assert self.tree is not None
-        about = {
-            "files": [file.model_dump() for file in files],
-            "backup_ref": backup_ref,
-            "branch": kept_branch,
-            "fingerprint": fingerprint,
-        }
-        try:
-            journal = Journal.begin(self._state / self._task_id, self.tree, steps, about=about)
-            try:
-                journal.write(self.tree, steps)
-            except BaseException:
-                journal.take_back(self.tree)
-                raise
-        except (Changed, InTheWay) as error:
-            raise ApplyConflict(f"Changed in this very moment: {listed([error.path])}. Nothing was written.") from None
-        except OSError as error:
-            raise _cannot_write(error) from error
-        message = f"{_count(files)} written. `ca task undo {self._task_id}` takes it back."
-        if self.repository is not None and kept_branch is None:
-            message += " A branch of the result's name exists already and was left alone."
-        return ApplyOutcome(outcome="applied", files=files, backup_ref=backup_ref, branch=kept_branch, message=message)
 
-    def _finish_interrupted(self) -> None:
-        for folder in [entry for entry in self._state.iterdir() if _TASK_ID.fullmatch(entry.name)]:
-            journal = Journal.open(folder)
-            if journal is not None and not journal.done and self.tree is not None:
-                try:
-                    journal.take_back(self.tree)
-                except OSError as error:
-                    raise _cannot_write(error) from error
-
-    def _prepare(self, steps: Sequence[Step]) -> None:
-        """Make the folder if it is new, and a repository if it is empty."""
-        if self.tree is None:
-            self.top.mkdir()
-            self.tree = Tree(self.top)
-        for folder in {step.path.rpartition("/")[0] for step in steps}:
-            if not self.tree.may_write(folder):
-                raise TargetNotAllowed("The directory may not be written to.", remedy="Check its permissions.")
-        if self.repository is None and not self.tree.names(""):
-            git.run("init", "--quiet", "--initial-branch=main", folder=self.top)
-            self.repository = LocalRepository.find(self.top)
-
-    def _backup(self) -> str | None:
-        """A commit of all that is in the working tree and not ignored, under a ref that no branch knows of."""
-        if self.repository is None:
-            return None
-        with tempfile.TemporaryDirectory(prefix="cloudagent-backup-") as temporary:
-            nested = [path for path in self.repository.untracked() if path.endswith("/")]
-            tree = self.repository.snapshot(Path(temporary), leave_out=nested)
-        head = self.repository.commit("HEAD")
-        parent = [] if head is None else ["-p", head]
-        message = f"The working tree before {self._task_id} was applied\n"
-        now = f"@{int(time.time())} +0000"
-        env = {**git.AUTHOR, "GIT_AUTHOR_DATE": now, "GIT_COMMITTER_DATE": now}
-        commit = self.repository.run("commit-tree", tree, *parent, stdin=message.encode(), env=env).text
-        prefix = f"refs/cloudagent/backup/{short_id(self._task_id)}"
-        taken = self.repository.run("for-each-ref", "--format=%(refname)", "refs/cloudagent/backup").text.splitlines()
-        number = next(n for n in range(1, len(taken) + 2) if f"{prefix}-{n}" not in taken)
-        self.repository.run("update-ref", f"{prefix}-{number}", commit, "")
-        return f"{prefix}-{number}"
-
-    def _keep_branch(self, quarantine: Quarantine, branch: str) -> str | None:
-        """Have the result as a local branch, too. None where a branch of that name is the user's own by now."""
-        if self.repository is None:
-            return None
-        arriving = f"refs/cloudagent/result/{short_id(self._task_id)}"
-        options = ["--quiet", "--no-tags", "--no-write-fetch-head", "--no-recurse-submodules", "--no-auto-maintenance"]
-        refspec = f"+refs/heads/{branch}:{arriving}"
-        self.repository.run("fetch", *options, "--", str(quarantine.folder), refspec, protocols=["file"])
-        self.repository.run("update-ref", f"refs/heads/{branch}", quarantine.head, "", ok=(0, 1, 128))
-        if self.repository.commit(f"refs/heads/{branch}") != quarantine.head:
-            return None
-        self.repository.run("update-ref", "-d", arriving)
-        return branch
-
-
-def _find(directory: Path, *, may_be_new: bool) -> tuple[Path, LocalRepository | None]:
-    """The working tree that a directory lies in, or, without a repository, the directory itself."""
-    try:
-        directory = directory.resolve()
-    except (OSError, RuntimeError):
-        raise TargetNotAllowed() from None
-    if any(part.lower() == ".git" for part in directory.parts):
-        raise TargetNotAllowed("The directory lies in git's own folder.")
-    if not directory.is_dir() and not (may_be_new and directory.parent.is_dir() and not directory.exists()):
-        raise TargetNotAllowed("There is no such directory.")
-    repository: LocalRepository | None = None
-    try:
-        repository = LocalRepository.find(directory if directory.is_dir() else directory.parent)
-    except RepositoryNotFound as error:
-        if any((folder / ".git").exists() for folder in (directory, *directory.parents)):
-            raise TargetNotAllowed(error.message, remedy=error.remedy) from None
-    if repository is not None and not directory.is_dir():
-        raise TargetNotAllowed("There is no such directory.")
-    top = directory if repository is None else repository.top.resolve()
-    if repository is not None and repository.bare:
-        raise TargetNotAllowed("A bare repository has no working tree.")
-    if top in (Path("/"), Path.home().resolve()):
-        raise TargetNotAllowed("The root of the file system and a home folder are no targets.")
-    return top, repository
-
-
-def _files_of(quarantine: Quarantine, changes: Sequence[ChangedFile]) -> tuple[AppliedFile, ...]:
-    sensitive = {file.path for file in changes if is_sensitive(file.path) or is_notable(file)}
-    return tuple(
-        AppliedFile.model_validate(
-            {"path": file.path, "change": file.status, "sensitive": bool({file.path, file.old_path} & sensitive)}
-        )
-        for file in quarantine.changed_files(renames=True)
+def _confirmation(missing: Sequence[str], dangers: Sequence[Danger]) -> ConfirmationNeeded:
+    why = {danger.path: danger.why for danger in dangers}
+    refusal = ConfirmationNeeded(
+        f"These files can make a machine execute things: {listed(missing)}. Nothing was written.",
+        files=[(path, why.get(path, why_sensitive(path))) for path in missing],
     )
+    refusal.dangers = tuple((danger.path, danger.why) for danger in dangers if danger.path not in set(missing))
+    return refusal
 
 
 def _count(files: Sequence[Any]) -> str:
     return "1 file" if len(files) == 1 else f"{len(files)} files"
-
-
-def _cannot_write(error: OSError | git.GitFailed) -> TargetNotAllowed:
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return TargetNotAllowed("The disk is full; the working tree is as it was.", remedy="Free some space.")
-    return TargetNotAllowed("The directory may not be written to; it is as it was.", remedy="Check its permissions.")

@@ -27,6 +27,8 @@ class Step:
     path: str
     before: File | None
     after: File | None
+    merged: bool = False
+    """Is `after` made of the result's and of what the user has committed?"""
 
 
 class Journal:
@@ -76,6 +78,10 @@ class Journal:
     @property
     def done(self) -> bool:
         return self._entry["done"]
+
+    @property
+    def forgotten(self) -> bool:
+        return not self._folder.exists()
 
     @property
     def about(self) -> dict[str, Any]:
@@ -172,18 +178,23 @@ class Journal:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _save(self) -> None:
-        fresh = self._folder / "journal.new"
-        with open(fresh, "wb") as file:
-            file.write(json.dumps(self._entry).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(self._folder / "journal.json")
-        _sync_folder(self._folder)
+        keep(self._folder / "journal.json", self._entry)
         _sync_folder(self._folder.parent)
 
     def _sync(self, tree: Tree) -> None:
         for folder in {"", *self._entry["new_folders"], *self._entry["folder_modes"]}:
             tree.sync(folder)
+
+
+def keep(path: Path, entry: Mapping[str, Any]) -> None:
+    """Have it on the disk as JSON: all of it, or what was there before."""
+    fresh = path.with_suffix(".new")
+    with open(fresh, "wb") as file:
+        file.write(json.dumps(entry).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.rename(path)
+    _sync_folder(path.parent)
 
 
 def _folders_above(path: str) -> list[str]:

@@ -64,10 +64,13 @@ def make_plan(
         if merged is None:
             conflicts.append(step.path)
         elif not same(merged, step.before):
-            steps.append(Step(step.path, step.before, merged))
+            steps.append(Step(step.path, step.before, merged, merged=True))
     if conflicts:
         names = sorted(set(conflicts))
-        raise ApplyConflict(f"Changed here as well as in the task: {listed(names)}. Nothing was written.")
+        raise ApplyConflict(
+            f"Changed here as well as in the task: {listed(names)}. Nothing was written.",
+            files=[(name, "changed here as well as in the task") for name in names],
+        )
     if tree is not None:
         _check_surroundings(tree, steps, deleted)
     return steps

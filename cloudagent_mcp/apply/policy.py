@@ -63,12 +63,12 @@ def listed(paths: Iterable[str]) -> str:
 
 def is_sensitive(path: str) -> bool:
     """Can a file of this name make a machine, or somebody's agent, execute things without being asked?"""
-    return _matches(path, _EXECUTES)
+    return matches(path, _EXECUTES)
 
 
 def is_notable(file: ChangedFile) -> bool:
     """Ordinary work, but worth a look: a file that builds and tests run by themselves, or that becomes executable."""
-    return _matches(file.path, _ORDINARY_WORK) or (file.new_mode == "100755" and file.old_mode != "100755")
+    return matches(file.path, _ORDINARY_WORK) or (file.new_mode == "100755" and file.old_mode != "100755")
 
 
 def check_changes(quarantine: Quarantine, files: Sequence[ChangedFile]) -> None:
@@ -207,7 +207,7 @@ def _prefixes(path: str) -> list[str]:
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
+def matches(path: str, patterns: Sequence[str]) -> bool:
     parts = [folded(part) for part in path.split("/")]
     for pattern in patterns:
         wanted = pattern.split("/")
@@ -219,4 +219,4 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 def unsafe(path: str, what: str) -> UnsafeChange:
     """The refusal of a result because of one path in it."""
-    return UnsafeChange(f"{shown(path)} {what}. Nothing was written.")
+    return UnsafeChange(f"{shown(path)} {what}. Nothing was written.", files=[(shown(path), what)])

@@ -119,7 +119,7 @@ class InOrder:
             return step.model_copy(update={"outcome": "verifying"})
         if found.status is TaskStatus.COMPLETED and found.verdict is Verdict.PASSED:
             return step.model_copy(update={"verdict": found.verdict})
-        await self._apply_task.call(caller, {"task_id": step.task_id, "undo": True, **where})
+        await self._apply_task.call(caller, {"task_id": step.task_id, "undo": True, "onto": "files", **where})
         failed = found.status is TaskStatus.COMPLETED and found.verdict is Verdict.FAILED
         why = "its verify command fails there" if failed else "it could not be verified there"
         return step.model_copy(

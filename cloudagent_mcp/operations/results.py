@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -15,28 +15,36 @@ from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.tasks import TaskId
 from cloudagent_mcp.session_home import SessionHome
 from cloudagent_storage.errors import CloudAgentError, NoChanges, NotReady, TargetNotAllowed, TaskExpired
-from cloudagent_storage.records import Record, Task
+from cloudagent_storage.records import Task
 
 if TYPE_CHECKING:
     from cloudagent_storage.store import Store
 
 
-class Applied(Record):
+class Applied(apply.ApplyOutcome):
     """What `apply_task` did, or would do, or how to do it where the working tree is."""
 
     task_id: str
-    outcome: Literal["applied", "would_apply", "undone", "instructions"]
-    files: tuple[apply.AppliedFile, ...] = ()
-    backup_ref: str | None = None
-    branch: str | None = None
     base_sha: str | None = None
-    message: str
     command: str | None = None
     """The line to type where the working tree is."""
     resume: str | None = None
     """The line that goes on there with what the agent and its user said."""
     session_refused: str | None = None
     """The code of why that is not possible."""
+
+    @classmethod
+    def of(cls, task: Mapping[str, Any], outcome: apply.ApplyOutcome) -> Applied:
+        """An outcome with what is to be known of its task, which is as `get_task` shows it."""
+        said: list[str] = [outcome.message]
+        if task["status"] != "completed" and outcome.outcome != "undone":
+            code = task["error"]["code"] if task.get("error") else "internal"
+            ended = "was cancelled" if task["status"] == "cancelled" else f"failed ({code})"
+            said.append(f"This is partial work: the task {ended}.")
+        elif task.get("verdict") == "failed" and outcome.outcome != "undone":
+            said.append("The task's own check of it failed.")
+        about = {**outcome.model_dump(), "message": " ".join(said)}
+        return cls.model_validate({"task_id": task["task_id"], "base_sha": task["base_sha"], **about})
 
     def with_session(self, bring_home: Callable[[], SessionHome]) -> Applied:
         """The same with the task's session brought home. What was applied stays so, whatever becomes of that."""
@@ -94,38 +102,52 @@ class Results:
             ),
         ] = [],  # noqa: B006
         undo: Annotated[bool, Field(description="Take an applied result back.")] = False,
+        preview: Annotated[
+            str | None, Field(max_length=100, description="A dry_run's token: write what it showed, or nothing.")
+        ] = None,
+        onto: Annotated[apply.Onto | None, Field(description="Default: files.")] = None,
+        branch: Annotated[str | None, Field(max_length=250)] = None,
+        path: Annotated[str | None, Field(max_length=4096, description="The new worktree's.")] = None,
+        squash: bool = False,
     ) -> Applied:
         """Write a task's changes into a working tree: all or nothing, never over changes of your own, with a backup.
 
-        Where files changed on both sides nothing is written and they are named.
+        Where files changed on both sides nothing is written and they are named. `onto` a branch, or a worktree that is
+        made on one, your files stay as they are.
         """
         task = self._store.tasks.get(caller.account_id, task_id)
         if task.expired_at is not None and not undo:
             raise TaskExpired()
         if not caller.local:
-            return self._instructions(task)
-        result = None if undo else self._result_of(caller, task)
+            return self._instructions(task, onto)
+        result = b"" if undo else self._result_of(caller, task)
         if caller.folder is None:
             raise TargetNotAllowed()
         folder = caller.folder / (directory or ".")
-        if result is None:
-            outcome = apply.undo(folder, task_id=task_id, state_folder=self._state_folder)
-        else:
-            outcome = apply.apply(
-                folder,
-                task_id=task_id,
-                branch=task.branch,
-                base_sha=self._base_of(task),
-                input_bundle=self._store.blobs.get(caller.account_id, task_id, "input"),
-                result_bundle=result,
-                state_folder=self._state_folder,
-                dry_run=dry_run,
-                allow_sensitive=allow_sensitive,
+        wanted = destination_of(caller.folder, onto=onto, branch=branch, path=path, squash=squash, title=task.title)
+        about = task.model_dump(mode="json")
+        if undo:
+            given = None if onto is None and branch is None and path is None else wanted
+            return Applied.of(
+                about, apply.undo(folder, task_id=task_id, state_folder=self._state_folder, destination=given)
             )
-        done = Applied.model_validate({"task_id": task_id, "base_sha": task.base_sha, **outcome.model_dump()})
-        if done.outcome != "applied":
+        outcome = apply.apply(
+            folder,
+            task_id=task_id,
+            branch=task.branch,
+            base_sha=self._base_of(task),
+            input_bundle=self._store.blobs.get(caller.account_id, task_id, "input"),
+            result_bundle=result,
+            state_folder=self._state_folder,
+            dry_run=dry_run,
+            allow_sensitive=allow_sensitive,
+            destination=wanted,
+            preview=preview,
+        )
+        done = Applied.of(about, outcome)
+        if (home := session_folder(done, folder)) is None:
             return done
-        return done.with_session(lambda: self._sessions.bring_home(caller, task_id, folder))
+        return done.with_session(lambda: self._sessions.bring_home(caller, task_id, home))
 
     def bundle(self, caller: Caller, task_id: str, kind: Literal["input", "result"]) -> bytes | None:
         """A task's git bundle, for a client that applies it elsewhere. None where `input` has none."""
@@ -135,19 +157,19 @@ class Results:
         return self._store.blobs.get(caller.account_id, task_id, "input")
 
     def _result_of(self, caller: Caller, task: Task) -> bytes:
-        bundle = self._store.blobs.get(caller.account_id, task.task_id, "result")
-        if bundle is not None:
-            return bundle
         if not task.status.terminal:
-            raise NotReady()
-        raise NoChanges()
+            raise NotReady()  # also where a result is there already: what becomes of it is not known yet
+        bundle = self._store.blobs.get(caller.account_id, task.task_id, "result")
+        if bundle is None:
+            raise NoChanges()
+        return bundle
 
     def _base_of(self, task: Task) -> str:
         if task.base_sha is None:
             raise NoChanges() if task.status.terminal else NotReady()
         return task.base_sha
 
-    def _instructions(self, task: Task) -> Applied:
+    def _instructions(self, task: Task, onto: apply.Onto | None) -> Applied:
         if not task.status.terminal:
             raise NotReady()
         return Applied(
@@ -156,5 +178,27 @@ class Results:
             branch=task.branch,
             base_sha=task.base_sha,
             message="Nothing was written: this server cannot reach your working tree. Type the command there.",
-            command=f"ca task apply {task.task_id}",
+            command=f"ca task apply {task.task_id}" + (f" --{onto}" if onto in ("branch", "worktree") else ""),
         )
+
+
+def destination_of(
+    folder: Path, *, onto: apply.Onto | None, branch: str | None, path: str | None, squash: bool, title: str
+) -> apply.Destination:
+    """Where the arguments of `apply_task` say that a result goes to, for somebody who works in `folder`."""
+    return apply.Destination(
+        onto=onto or "files",
+        branch=branch or None,
+        path=folder / path if path else None,
+        squash=squash,
+        title=title,
+    )
+
+
+def session_folder(done: Applied, folder: Path) -> Path | None:
+    """Where whoever has applied a result goes on with its agent. None where there are no files of it to go on with."""
+    if done.outcome != "applied":
+        return None
+    if done.worktree is not None:
+        return Path(done.worktree)
+    return folder if done.backup_ref is not None or done.branch is None else None

@@ -65,7 +65,7 @@ def test_from_a_talk_and_a_dirty_tree_to_a_verified_result_a_talk_that_goes_on_a
 
         previewed = ca("apply", task_id, "--dry-run")
         assert previewed["outcome"] == "would_apply" and files_of(repo) == before
-        applied = ca("apply", task_id)
+        applied = ca("apply", task_id, "--preview", previewed["preview"])
         assert applied["outcome"] == "applied" and [file["path"] for file in applied["files"]] == ["calc.py"]
         assert (repo / "calc.py").read_text() == "# mine, not committed\ndef add(a, b):\n    return a + b\n"
 

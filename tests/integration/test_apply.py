@@ -78,7 +78,7 @@ def desk(tmp_path: Path) -> Desk:
     return Desk(tmp_path)
 
 
-def changed(outcome: ApplyOutcome) -> dict[str, str]:
+def changed(outcome: ApplyOutcome) -> dict[str, str | None]:
     return {file.path: file.change for file in outcome.files}
 
 

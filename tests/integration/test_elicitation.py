@@ -258,7 +258,7 @@ def finished(store: Store, shop: Path, folder: Path, files: dict[str, str]) -> s
     return completed(store, result, TaskSpec(prompt="x", title="x", repository=str(shop)))
 
 
-SENSITIVE = {"a.txt": "b\n", ".envrc": "touch owned\n", ".vscode/tasks.json": "{}\n"}
+SENSITIVE = {"a.txt": "b\n", ".envrc": "touch owned\n", ".vscode/tasks.json": "{}\n", "Makefile": "all:\n"}
 
 
 @EITHER_ERA
@@ -273,7 +273,9 @@ async def test_sensitive_files_are_written_when_the_person_agrees(
     assert structured(result)["outcome"] == "applied", result.content
     assert (shop / ".envrc").read_text() == "touch owned\n"
     message = cast("Any", person.saw[0]).message
-    assert len(person.saw) == 1 and ".envrc" in message and ".vscode/tasks.json" in message and "a.txt" not in message
+    assert len(person.saw) == 1 and ".vscode/tasks.json: an editor may run it" in message and "a.txt" not in message
+    needs_consent, others = message.split("You should know of these, too")
+    assert ".envrc: runs when a shell enters" in needs_consent and "Makefile: runs with `make`" in others
 
 
 @EITHER_ERA
@@ -292,6 +294,7 @@ async def test_without_the_persons_consent_nothing_is_written_whatever_the_model
         result = await client.call_tool("apply_task", {"task_id": task_id, "allow_sensitive": named})
     assert result.is_error and structured(result)["code"] == "confirmation_needed"
     assert "ca task apply" in structured(result)["remedy"] and len(person.saw) == 1
+    assert structured(result)["outcome"] == "refused"
     assert sorted(path.name for path in shop.iterdir()) == [".git", "a.txt"]
     assert (shop / "a.txt").read_text() == "a\n"
 

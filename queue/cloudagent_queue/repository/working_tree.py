@@ -240,7 +240,7 @@ class _Scratch:
         objects = repository.path("objects").resolve()
         self.env = {
             "GIT_OBJECT_DIRECTORY": str(self._folder / "objects"),
-            "GIT_ALTERNATE_OBJECT_DIRECTORIES": _quoted(objects),
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": quoted(objects),
         }
         self.shallow = repository.run("rev-parse", "--is-shallow-repository").text == "true"
 
@@ -369,7 +369,7 @@ def _pointers(run: Callable[..., git.Done], tree: str) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """A path in a list that colons separate."""
     escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

@@ -18,7 +18,9 @@
   x NotNow                      right, but not in this state
     + NotReady, TaskEnded, QuestionClosed, NoChanges, AlreadyApplied, NothingToUndo, Busy
     + TaskExpired, NothingToVerifyBy
-    + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
+    + ApplyRefused                a result is not written; with its outcome, and the files that it is about
+      - ApplyConflict, PreviewOutdated
+      - UnsafeChange, ConfirmationNeeded, TargetNotAllowed, TargetExists
     + LimitReached
     + SessionRefused              a conversation is not brought home
       - NoSession, SessionTampered, SessionForeign, SessionTooLarge, SessionMalformed

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 from cloudagent_storage.errors.root import CloudAgentError
 
 
@@ -135,35 +138,76 @@ class Busy(NotNow):
     remedy = "Try again when it has ended."
 
 
-class ApplyConflict(NotNow):
+class ApplyRefused(NotNow):
+    """A result was not applied; nothing was written."""
+
+    code = "apply_refused"
+    outcome: ClassVar[str] = "refused"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        remedy: str | None = None,
+        field: str | None = None,
+        files: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """`files` are the paths in the result that it is about, each with why."""
+        super().__init__(message, remedy=remedy, field=field)
+        self.files = tuple(files)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As every error, and with the outcome and the files, of which the first fifty are enough to act."""
+        files = [{"path": path, "why": why} for path, why in self.files[:50]]
+        return {**super().as_dict(), "outcome": self.outcome, "files": files}
+
+
+class ApplyConflict(ApplyRefused):
     """Some files changed here as well as in the task; nothing was written."""
 
     code = "conflict"
+    outcome = "conflict"
     remedy = "Commit or stash your changes to these files, or merge the task's branch yourself."
 
 
-class UnsafeChange(NotNow):
+class PreviewOutdated(ApplyRefused):
+    """What would be done now is not what that preview showed; nothing was written."""
+
+    code = "preview_outdated"
+    remedy = "Look at a new preview (dry_run), and pass its token."
+    field = "preview"
+
+
+class UnsafeChange(ApplyRefused):
     """The result holds a change that must not be written to a working tree; nothing was written."""
 
     code = "unsafe_change"
     remedy = "Read the diff; what is safe in it can be taken over by hand."
 
 
-class ConfirmationNeeded(NotNow):
+class ConfirmationNeeded(ApplyRefused):
     """The result changes files that can make a machine execute things; nothing was written."""
 
     code = "confirmation_needed"
     remedy = "Ask your user to read their diff; then name each in allow_sensitive."
     field = "allow_sensitive"
-    files: tuple[str, ...] = ()  # as far as whoever refuses knows them
+    dangers: tuple[tuple[str, str], ...] = ()
+    """What else whoever is asked should know of the result, each path with why."""
 
 
-class TargetNotAllowed(NotNow):
+class TargetNotAllowed(ApplyRefused):
     """A result cannot be applied to that directory."""
 
     code = "target_not_allowed"
     remedy = "Pass the working tree of the repository that the task started from."
     field = "directory"
+
+
+class TargetExists(ApplyRefused):
+    """A branch or a folder of that name is there already, and is not touched."""
+
+    code = "target_exists"
+    remedy = "Name another one."
 
 
 class LimitReached(NotNow):
