@@ -7,7 +7,7 @@ from typing import Any
 
 from cloudagent_queue.agents import RESULT, RUN_FOLDER, UNUSED
 from cloudagent_queue.sandboxes import Sandbox
-from cloudagent_storage.records import TaskSpec, Usage
+from cloudagent_storage.records import TaskSpec, Usage, VerifyResult
 
 _PROGRAM = f"{RUN_FOLDER}/nothing.py"
 _DONE = f"""\
@@ -46,14 +46,16 @@ class NoAgent:
         interrupted: bool = False,
         goes_on: bool = False,
         used: Usage = UNUSED,
+        number: int = 1,
+        failed: VerifyResult | None = None,
     ) -> None:
         sandbox.write(_PROGRAM, _DONE.encode())
 
-    def start(self, sandbox: Sandbox, *, env: Mapping[str, str]) -> None:
-        sandbox.start([sandbox.python, "-I", _PROGRAM], env=env)
+    def start(self, sandbox: Sandbox, *, env: Mapping[str, str], number: int = 1) -> None:
+        sandbox.start([sandbox.python, "-I", _PROGRAM], env=env, number=number)
 
     def tell(self, sandbox: Sandbox, message_id: str, message: Mapping[str, Any]) -> None:
         """Nobody listens, and it ends at once."""
 
-    def session(self, sandbox: Sandbox) -> bytes | None:
+    def session(self, sandbox: Sandbox, number: int = 1) -> bytes | None:
         return None
