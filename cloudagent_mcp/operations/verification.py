@@ -74,7 +74,7 @@ class Verification:
             "prompt": f"Verify {task_id} once more.",
             "title": f"Verify: {spec.title}"[:200],
             "agent": "none",
-            "retries": 0,
+            "retries": 0,  # there is nobody who could mend what fails
             "repository": source.repository,
             "base_ref": spec.base_ref if repository is None else base_ref,
         }

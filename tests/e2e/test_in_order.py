@@ -35,7 +35,7 @@ def made(world: World, repo: Path, tmp_path: Path) -> Make:
 
     def make(files: Mapping[str, str], *, verify: str | None = TEST) -> str:
         result = Workshop(tmp_path / f"workshop{len(list(tmp_path.iterdir()))}", bundle).result(files)
-        spec = TaskSpec(prompt="x", title="Some work", repository=str(repo), verify=verify)
+        spec = TaskSpec(prompt="x", title="Some work", repository=str(repo), verify=verify, retries=2)
         return completed(world.app().store, result, spec)
 
     return make
@@ -71,6 +71,7 @@ def test_each_is_verified_on_top_of_those_before_it_and_what_fails_there_is_take
         check = client.call("get_task", task_id=answer["steps"][2]["verified_by"])
     assert check["agent"] == "none" and check["usage"]["cost_usd"] == 0 and check["parent_task_id"] == tasks[2]
     assert "AssertionError: 5 != -1" in check["result"]["verify"]["output"] and "failed" in check["next_action"]
+    assert (check["retries_used"], check["result"]["verify"]["tries"]) == (0, 1), "nobody is there to mend it"
     # Once more goes on from there: what is there is not verified again.
     again = ca(world, repo, "apply", *tasks[:2])
     assert again[0] == 0 and again[1]["steps"][1]["verified_by"] == answer["steps"][1]["verified_by"]
