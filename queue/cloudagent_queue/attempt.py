@@ -8,10 +8,11 @@ import threading
 import time
 
 from cloudagent_queue import repository
-from cloudagent_queue.agents import EVENTS
+from cloudagent_queue.agents import EVENTS, REPOSITORY_FOLDER
 from cloudagent_queue.follow import CHUNK, Ending, LogReader, read_result
 from cloudagent_queue.placement import Draining, Ended, Placement
 from cloudagent_queue.talk import Talk, open_question
+from cloudagent_queue.touches import Touches
 from cloudagent_storage.errors import (
     CloudAgentError,
     DatabaseUnavailable,
@@ -103,7 +104,13 @@ class Attempt(Placement):
                 )
             bundle, self.base_sha = fetched.bundle, fetched.base_sha
             # Before the bundle: whoever finds that takes these for what belongs to it.
-            self.tasks.update(self.task_id, self.claim.attempt, config=fetched.config, manifests=fetched.manifests)
+            self.tasks.update(
+                self.task_id,
+                self.claim.attempt,
+                config=fetched.config,
+                manifests=fetched.manifests,
+                source_key=fetched.root,
+            )
             self.keep({"input": bundle})
             self.heed(fetched.config)
             self.manifests = fetched.manifests
@@ -158,7 +165,8 @@ class Attempt(Placement):
 
     def follow(self) -> Ending:
         """Read the agent's log into the store until the agent ends, or has to be ended."""
-        reader = LogReader(self.log_offset, self.redactor, question=open_question(self.claim))
+        self.touches.folder = f"{self.box.root}/{REPOSITORY_FOLDER}"
+        reader = LogReader(self.log_offset, self.redactor, question=open_question(self.claim), touches=self.touches)
         limit_s = self.spec.timeout_minutes * 60
         if self.phase in (Phase.SAVE, Phase.VERIFY):
             # It had ended when an earlier attempt died; what it was stopped for, if it was, is still so.
@@ -203,6 +211,7 @@ class Attempt(Placement):
                     usage=self.usage,
                     running_seconds=self.running_s,
                     question=reader.question if said else ...,
+                    touches=self.touches.news(),
                 )
                 self.lease.renewed(signals)
                 # What it said to its end is read, unless something that it left behind talks on and on.
@@ -220,6 +229,7 @@ class Attempt(Placement):
                 checkpoint_at = now
                 with self.not_now():
                     self.keep_checkpoint()
+                    self.touch_changed_files()
             if alive and ended is None and asked_to_stop is None:
                 talk.hand_on()
             if asked_to_stop is not None:
@@ -260,6 +270,13 @@ class Attempt(Placement):
             if more:
                 self.worker.stopping.wait(self.timers.poll_s)  # what an agent says at once is taken at once
 
+    def touch_changed_files(self) -> None:
+        """After a checkpoint: what its agent has changed by other means than tool calls that say so."""
+        for path in repository.changed_files(self.box):
+            self.touches.add(path)
+        if (found := self.touches.news()) is not None:
+            self.tasks.update(self.task_id, self.claim.attempt, touches=found)
+
     def reason_to_stop(self, running_s: float, limit_s: float, quiet_s: float, reader: LogReader) -> Ending | None:
         if self.lease.signals.cancel_requested:
             return Ending.cancelled()
@@ -292,6 +309,7 @@ class Attempt(Placement):
             bundle = self.collect() if self.agent_is_here else self.kept(self.left) or self.start_bundle()
             if bundle is None:
                 self.note("The agent changed no file.")
+                self.tasks.update(self.task_id, self.claim.attempt, touches=())
                 return True
             changes = repository.inspect(self.input_bundle(), self.base_sha, bundle, branch)
         except (LeaseLost, SandboxGone, SandboxUnreachable, DatabaseUnavailable):
@@ -305,6 +323,8 @@ class Attempt(Placement):
             self.note(f"The agent's work could not be brought out: {error.message}", level=Level.ERROR, kind="error")
             return False
         self.keep({"result": bundle, "diff": self.redactor.data(changes.diff)})
+        touched = Touches(path for file in changes.files for path in (file.path, file.old_path) if path is not None)
+        self.tasks.update(self.task_id, self.claim.attempt, touches=touched.paths)
         self.result = Result(
             artifacts=Artifacts(
                 branch=branch,

@@ -355,6 +355,14 @@ class PendingQuestion(Asked):
     next_action: str | None = None
 
 
+class Overlap(Record):
+    """Another task that is under way and touches the same files."""
+
+    task_id: str
+    files: tuple[str, ...]
+    """Untrusted names, in order."""
+
+
 class Signals(Record):
     """What a worker learns whenever it renews its lease."""
 
@@ -393,6 +401,8 @@ class Claim(Record):
     """The repository's `.cloudagent.toml`, once its files are kept; None where it has none."""
     manifests: str | None = None
     """A digest of the files that decide what its set-up installs, once they are known."""
+    touches: tuple[str, ...] = ()
+    """The files that earlier attempts are known to have touched."""
     cancel_requested: bool
 
 
@@ -468,6 +478,7 @@ class TaskDraft(Record):
     config: bytes | None = None
     manifests: str | None = None
     """As a `Claim` has them."""
+    source_key: str | None = None
     credentials: bytes | None = None
     """Sealed and bound to the task's id."""
     git_credentials: bytes | None = None
@@ -546,6 +557,8 @@ class Upload(Record):
     config: bytes | None = None
     manifests: str
     """These two as a `Claim` has them."""
+    root: str | None = None
+    """The first commit of its history, where it is known."""
 
 
 class KeptTemplate(Record):

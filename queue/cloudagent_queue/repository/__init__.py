@@ -19,7 +19,15 @@ from cloudagent_queue.repository.config import RepositoryConfig, read_config
 from cloudagent_queue.repository.manifests import setup_key
 from cloudagent_queue.repository.pushed import Pushed, find_pushed
 from cloudagent_queue.repository.remote import Fetched, fetch
-from cloudagent_queue.repository.sandbox import check_out, checkpoint, collect, restore, run_setup, verify
+from cloudagent_queue.repository.sandbox import (
+    changed_files,
+    check_out,
+    checkpoint,
+    collect,
+    restore,
+    run_setup,
+    verify,
+)
 from cloudagent_queue.repository.source import Source, read_source, warnings_of
 from cloudagent_queue.repository.uploaded import Uploaded, import_upload
 from cloudagent_queue.repository.working_tree import LocalRepository, WorkingTree, bundle_working_tree, origin_of
@@ -36,6 +44,7 @@ __all__ = [
     "Uploaded",
     "WorkingTree",
     "bundle_working_tree",
+    "changed_files",
     "check_address",
     "check_out",
     "check_ref",
