@@ -46,4 +46,6 @@ def _warned(task: Task, overlaps: Sequence[Overlap]) -> Task:
         f"{'; '.join(said)}: apply them one after the other with `ca task apply {task.task_id} {others}` when all "
         "have ended, or cancel one."
     )
-    return task.model_copy(update={"next_action": f"{task.next_action or ''} {what}".strip()})
+    return task.model_copy(
+        update={"overlaps": tuple(overlaps), "next_action": f"{task.next_action or ''} {what}".strip()}
+    )

@@ -245,6 +245,14 @@ class Question(Asked):
     text: str
 
 
+class Overlap(Record):
+    """Another task that is under way and touches the same files."""
+
+    task_id: str
+    files: tuple[str, ...]
+    """Untrusted names, in order."""
+
+
 class Task(Record):
     """One prompt for one agent on one repository: what users see of it. Absent is null, never missing."""
 
@@ -280,6 +288,8 @@ class Task(Record):
     question: str | None = None
     """What the agent asks its user; the task waits. Untrusted text."""
     asked: Asked | None = None
+    overlaps: tuple[Overlap, ...] = ()
+    """Others that are under way and touch the same files, as far as is known while they are."""
     next_action: str | None = None
     poll_after_seconds: float | None = None
 
@@ -353,14 +363,6 @@ class PendingQuestion(Asked):
     question: str
     """Untrusted text."""
     next_action: str | None = None
-
-
-class Overlap(Record):
-    """Another task that is under way and touches the same files."""
-
-    task_id: str
-    files: tuple[str, ...]
-    """Untrusted names, in order."""
 
 
 class Signals(Record):

@@ -171,6 +171,7 @@ TOOLS = [
     "submit_task", "get_task", "wait_tasks", "list_tasks", "cancel_task", "retry_task", "get_task_logs",
     "get_task_diff", "apply_task", "get_queue", "create_schedule", "list_schedules", "get_schedule", "update_schedule",
     "delete_schedule", "run_schedule", "delegate", "send_message", "list_pending_questions", "apply_tasks",
+    "comment_task",
 ]  # fmt: skip
 
 
