@@ -203,7 +203,9 @@ def comment(task_id: str, comments: tuple[str, ...], message: str | None, watch:
             print_answer(done, as_json, "show_commented")
             return
         if not as_json:
-            print_answer(done, False, "show_commented")
+            from cloudagent_mcp.render import show_commented
+
+            show_commented(done, hint=False)
         sys.exit(_watch(api, done["task_id"], as_json))
 
 

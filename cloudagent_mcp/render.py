@@ -157,12 +157,13 @@ def show_sent(task: dict[str, Any]) -> None:
     console.print(f"The agent of {_short(task)} {how}")
 
 
-def show_commented(task: dict[str, Any]) -> None:
+def show_commented(task: dict[str, Any], *, hint: bool = True) -> None:
     """Whether comments reached an agent, or became a task."""
     name = _short(task)
     if task["outcome"] == "follow_up":
         console.print(f"[bold]{name}[/] goes on from {_short({'task_id': task['parent_task_id']})} with the comments")
-        console.print(f"[dim]Watch it with[/] ca task watch {name}")
+        if hint:
+            console.print(f"[dim]Watch it with[/] ca task watch {name}")
     else:
         show_sent({**task, "answered": task["outcome"] == "answered"})
 

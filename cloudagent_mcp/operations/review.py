@@ -160,7 +160,7 @@ def composed(placed: Sequence[Placed], message: str | None, *, ended: bool) -> s
     """
     what = "1 comment" if len(placed) == 1 else f"{len(placed)} comments"
     if ended:
-        head = f"Your user has reviewed your changes and has {what}, with lines of your diff as it was at your end."
+        head = f"Your user has reviewed your changes and has {what}. See to each; your diff is quoted as it was."
     else:
         head = f"Your user has {what} on files that you work on. Their lines may have moved since they were looked at."
     parts = [head]

@@ -77,6 +77,8 @@ def fitting(schema: dict[str, Any]) -> SearchStrategy[Any]:
             return st.booleans()
         case "array":
             return st.lists(fitting(schema.get("items", {})), max_size=4)
+        case "object" if "properties" in schema:
+            return st.fixed_dictionaries({name: fitting(inner) for name, inner in schema["properties"].items()})
         case "object":
             return st.dictionaries(NAMES, HOSTILE, max_size=3)
         case _:

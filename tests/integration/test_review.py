@@ -17,9 +17,10 @@ from starlette.testclient import TestClient
 from cloudagent_mcp.app import App
 from cloudagent_mcp.server import http_app, mcp_server
 from cloudagent_storage.records import LOCAL_ACCOUNT, Question
+from cloudagent_storage.store.messages import Messages
 from cloudagent_storage.store.overlaps import Overlaps
 from tests.support.elsewhere import refusal, stdio, structured
-from tests.support.reviewed import DIFF, at_work, ended
+from tests.support.reviewed import DIFF, at_work, end, ended
 from tests.support.worlds import World
 
 pytestmark = pytest.mark.anyio
@@ -78,6 +79,22 @@ async def test_a_running_agent_is_told_and_one_that_asks_has_its_answer(mcp: Cli
     assert structured(await mcp.call_tool("list_tasks", {}))["total"] == 2
 
 
+async def test_comments_on_a_task_that_ends_in_this_moment_are_not_lost(
+    mcp: Client, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id, add = at_work(app), Messages.add
+
+    def late(self: Messages, account_id: str, task_id: str, text: str, **more: Any) -> Any:
+        end(app, task_id)
+        return add(self, account_id, task_id, text, **more)
+
+    monkeypatch.setattr(Messages, "add", late)
+    wrong = {"task_id": task_id, "comments": [{**USE_SUM, "line": 9}]}
+    assert refusal(await mcp.call_tool("comment_task", wrong))["code"] == "not_in_diff", "now there is a diff"
+    done = structured(await mcp.call_tool("comment_task", {"task_id": task_id, "comments": [USE_SUM]}))
+    assert (done["outcome"], done["parent_task_id"]) == ("follow_up", task_id)
+
+
 NEAR = "The nearest lines of the new file that are in it: 1, 2."
 REFUSED: list[tuple[list[dict[str, Any]], str, str]] = [
     ([{"file": "clac.py", "text": "x"}], "not_in_diff", "`calc.py`"),
@@ -95,7 +112,7 @@ REFUSED: list[tuple[list[dict[str, Any]], str, str]] = [
     ([{"file": "calc.py", "text": "a\0b"}], "invalid_character", ""),
     ([{"file": "", "text": "x"}], "out_of_range", ""),
     ([{"file": "calc.py"}], "missing_argument", ""),
-    ([{"file": "calc.py", "text": "x", "lien": 2}], "wrong_type", ""),
+    ([{"file": "calc.py", "text": "x", "lien": 2}], "unknown_argument", ""),
     ([], "out_of_range", ""),
     ([USE_SUM] * 51, "out_of_range", ""),
     ([{**USE_SUM, "text": "x" * 4000}] * 50, "out_of_range", ""),

@@ -6,7 +6,7 @@ from typing import Any
 
 from cloudagent_mcp.app import App
 from cloudagent_queue.seal import seal
-from cloudagent_storage.records import LOCAL_ACCOUNT, Artifacts, Result, TaskSpec, TaskStatus
+from cloudagent_storage.records import LOCAL_ACCOUNT, Artifacts, Result, TaskSpec, TaskStatus, branch_name
 from tests.support.sessions import session
 
 DIFF = """\
@@ -27,17 +27,22 @@ def ended(app: App, *, account_id: str = LOCAL_ACCOUNT, diff: str | None = DIFF,
     asked = {"prompt": "Fix add", "title": "Fix add", **spec}
     task = app.store.tasks.add(account_id, TaskSpec.model_validate(asked), base_sha="0" * 40, source_key="root")
     task_id = task.task_id
-    claim = app.store.tasks.claim(task_id, worker="w", lease_s=60)
-    assert claim is not None
+    assert app.store.tasks.claim(task_id, worker="w", lease_s=60) is not None
+    end(app, task_id, account_id=account_id, diff=diff)
+    return task_id
+
+
+def end(app: App, task_id: str, *, account_id: str = LOCAL_ACCOUNT, diff: str | None = DIFF) -> None:
+    """A worker's first attempt completes a task with this diff and a conversation."""
     kept = seal(app.settings.keyring, session(), account_id=account_id, task_id=task_id, attempt=1)
     app.store.blobs.put(task_id, "session", kept, attempt=1)
     result = None
     if diff is not None:
         app.store.blobs.put(task_id, "diff", diff.encode(), attempt=1)
         app.store.tasks.update(task_id, 1, touches=["calc.py"])
-        result = Result(artifacts=Artifacts(branch=task.branch, files_changed=1, insertions=1, deletions=1))
+        artifacts = Artifacts(branch=branch_name(task_id), files_changed=1, insertions=1, deletions=1)
+        result = Result(artifacts=artifacts)
     app.store.tasks.finish(task_id, 1, status=TaskStatus.COMPLETED, result=result)
-    return task_id
 
 
 def at_work(app: App, *touches: str, account_id: str = LOCAL_ACCOUNT) -> str:

@@ -159,7 +159,7 @@ def test_the_message_has_each_comment_with_its_lines_and_nothing_passes_for_one(
     said = [comment(2, "calc.py", "Use sum().\nAnd say why."), comment(-2, "calc.py", "Why?"), comment(None, "calc.py")]
     message = composed(place(diff, said), "Nearly there.", ended=True)
     assert message == (
-        "Your user has reviewed your changes and has 3 comments, with lines of your diff as it was at your end.\n\n"
+        "Your user has reviewed your changes and has 3 comments. See to each; your diff is quoted as it was.\n\n"
         "Nearly there.\n\n"
         "1. calc.py, line 2:\n"
         "          1 | def add(a, b):\n"
