@@ -84,7 +84,7 @@ def lines_of(section: str) -> list[DiffLine]:
     old = new = old_left = new_left = 0
     for line in section.split("\n"):
         if old_left <= 0 and new_left <= 0:
-            # Only between hunks: a line of a file may look like the head of one.
+            # Outside of hunks --- and +++ are no lines of a file.
             if head := _HUNK.match(line):
                 old, old_left, new, new_left = int(head[1]), int(head[2] or 1), int(head[3]), int(head[4] or 1)
         elif line[:1] == " ":

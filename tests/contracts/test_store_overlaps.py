@@ -60,9 +60,9 @@ def test_one_that_has_ended_is_told_of_those_at_work_and_they_are_not_told_of_it
     store.tasks.update(done.task.task_id, done.attempt, touches=("calc.py",))
     end(store, done)
     assert met(store, done) == {done.task.task_id: [Overlap(task_id=going.task.task_id, files=("calc.py",))]}
-    assert met(store, going) == {}
+    assert met(store, going) == {} and list(met(store, done, going)) == [done.task.task_id]
     end(store, going, TaskStatus.CANCELLED)
-    assert met(store, done) == {}
+    assert met(store, done) == met(store, done, going) == {}
 
 
 def test_what_another_account_or_repository_touches_meets_nothing(store: Store) -> None:
