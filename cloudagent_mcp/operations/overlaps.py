@@ -43,8 +43,8 @@ def _warned(task: Task, overlaps: Sequence[Overlap]) -> Task:
         said.append(f"so {'does 1 other task' if more == 1 else f'do {more} other tasks'}")
     others = " ".join(overlap.task_id for overlap in overlaps[:TASKS_NAMED])
     what = (
-        f"{'; '.join(said)}: apply them one after the other with `ca task apply {task.task_id} {others}` when all "
-        "have ended, or cancel one."
+        f"{'; '.join(said)}: when all have ended, apply them in order with apply_tasks "
+        f"(`ca task apply {task.task_id} {others}`), or cancel one."
     )
     return task.model_copy(
         update={"overlaps": tuple(overlaps), "next_action": f"{task.next_action or ''} {what}".strip()}

@@ -223,7 +223,8 @@ async def test_whoever_looks_at_a_task_is_told_who_else_changes_its_files(mcp: C
     app.store.accounts.ensure("other")
     at_work(app, *files, account_id="other")
     said = f"{other} also changes `calc.py`, `f0.py`, `f1.py` and 8 files more"
-    remedy = f"apply them one after the other with `ca task apply {one} {other}` when all have ended, or cancel one."
+    remedy = "when all have ended, apply them in order with apply_tasks "
+    remedy += f"(`ca task apply {one} {other}`), or cancel one."
     seen = structured(await mcp.call_tool("get_task", {"task_id": one}))
     assert f"{said}: {remedy}" in seen["next_action"] and seen["next_action"].startswith("Wait with get_task(")
     assert [overlap["task_id"] for overlap in seen["overlaps"]] == [other]
