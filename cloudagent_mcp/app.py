@@ -20,6 +20,7 @@ from cloudagent_mcp.operations.delegation import Delegation
 from cloudagent_mcp.operations.in_order import InOrder
 from cloudagent_mcp.operations.messages import Messages
 from cloudagent_mcp.operations.results import Results
+from cloudagent_mcp.operations.review import Review
 from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.submission import Allowed
@@ -140,7 +141,8 @@ class App:
     def operations(self) -> dict[str, Operation]:
         tasks = operations_of(self.tasks)
         messages, backlog = Messages(lambda: self.store), Backlog(lambda: self.store)
-        plain = tasks | operations_of(self.results, messages, self.schedules, backlog, self.verification)
+        review = Review(lambda: self.store, tasks["submit_task"])
+        plain = tasks | operations_of(self.results, messages, review, self.schedules, backlog, self.verification)
         return plain | composed(plain)
 
     def local_caller(self) -> Caller:

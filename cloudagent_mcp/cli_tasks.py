@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -174,12 +175,61 @@ def wait(task_ids: tuple[str, ...], any_: bool, timeout: float | None, as_json: 
 @task_id
 @click.option("--path", help="Only this file, or this folder.")
 @click.option("--stat", "stat_only", is_flag=True, help="Only the list of files.")
+@click.option("--lines", "numbered", is_flag=True, help="With the numbers by which `ca task comment` names lines.")
 @as_json
-def diff(task_id: str, path: str | None, stat_only: bool, as_json: bool) -> None:
+def diff(task_id: str, path: str | None, stat_only: bool, numbered: bool, as_json: bool) -> None:
     """Show what a task changed. In a pipe it is a patch."""
     with client() as api:
         found = api.call("get_task_diff", task_id=api.resolve(task_id), path=path, stat_only=stat_only)
-    print_answer(found, as_json, "show_diff")
+    print_answer(found, as_json, "show_numbered" if numbered and not stat_only else "show_diff")
+
+
+@task.command()
+@task_id
+@click.argument("comments", metavar="FILE[:LINE] TEXT...", nargs=-1, required=True)
+@click.option("--message", help="What to say of all of it.")
+@click.option("--watch", is_flag=True, help="Then watch the task that has the comments to its end.")
+@as_json
+def comment(task_id: str, comments: tuple[str, ...], message: str | None, watch: bool, as_json: bool) -> None:
+    """Comment on lines of a task's diff, for its agent to mend; once it has ended, a follow-up task does.
+
+    LINE is a number in the new file, or -N for line N of the old one that was deleted; `ca task diff --lines` shows
+    them. After each FILE:LINE stands its TEXT; one that is - is read from standard input. A file whose own name has a
+    colon is written with one more at its end.
+    """
+    said = [_comment(spec, text) for spec, text in _pairs(comments)]
+    with client() as api:
+        done = api.call("comment_task", task_id=api.resolve(task_id), comments=said, message=message)
+        if not watch:
+            print_answer(done, as_json, "show_commented")
+            return
+        if not as_json:
+            from cloudagent_mcp.render import show_commented
+
+            show_commented(done, hint=False)
+        sys.exit(_watch(api, done["task_id"], as_json))
+
+
+def _pairs(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    if len(words) % 2:
+        raise click.UsageError(f'After "{words[-1]}" its text is missing. Write FILE:LINE "TEXT" for each comment.')
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    if [text for _, text in pairs].count("-") > 1:
+        raise click.UsageError("Only one text can be read from standard input.")
+    return pairs
+
+
+def _comment(spec: str, text: str) -> dict[str, Any]:
+    file, colon, line = spec.rpartition(":")
+    if not colon:
+        file, line = spec, ""
+    if not file or not re.fullmatch(r"|-?[1-9][0-9]{0,6}", line):
+        raise click.UsageError(
+            f'"{spec}" is not FILE, FILE:LINE or FILE:-LINE. Write each comment as FILE:LINE "TEXT", such as '
+            'calc.py:12 "use sum()".'
+        )
+    comment: dict[str, Any] = {"file": file, "text": sys.stdin.read() if text == "-" else text}
+    return {**comment, "line": int(line)} if line else comment
 
 
 directory = click.option(

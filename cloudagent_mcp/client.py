@@ -17,6 +17,7 @@ from cloudagent_mcp.operations import marks_of
 from cloudagent_mcp.operations.backlog import Backlog
 from cloudagent_mcp.operations.messages import Messages
 from cloudagent_mcp.operations.results import Results
+from cloudagent_mcp.operations.review import Review
 from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.operations.verification import Verification
@@ -25,7 +26,7 @@ from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
 from cloudagent_storage.records import ID_LENGTH
 
-MARKS = marks_of(Tasks, Results, Messages, Schedules, Backlog, Verification)
+MARKS = marks_of(Tasks, Results, Messages, Review, Schedules, Backlog, Verification)
 PAGES_SEARCHED = 10
 T = TypeVar("T")
 Told = Callable[[float, float, str], None]

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudagent_mcp.checked import what_was_checked
-from cloudagent_mcp.untrusted import clean, cut
+from cloudagent_mcp.untrusted import clean, cut, named
 
 if TYPE_CHECKING:
     from cloudagent_mcp.client import Client
@@ -121,6 +121,9 @@ def show_task(task: dict[str, Any]) -> None:
     for name, value in rows.items():
         if value:
             console.print(f"  [dim]{name:<10}[/] {_safe(str(value))}")
+    for overlap in task.get("overlaps") or ():
+        files = named(overlap["files"], most=3)
+        console.print(f"  [yellow]{'overlap':<10} {_short(overlap)} also changes {_safe(files)}[/]")
     if task.get("asked"):
         show_question(task["question"], task["asked"])
     if place := task.get("queue"):
@@ -158,6 +161,17 @@ def show_cancelled(task: dict[str, Any]) -> None:
 def show_sent(task: dict[str, Any]) -> None:
     how = "has its answer" if task["answered"] else "is told; it reads that at its next turn"
     console.print(f"The agent of {_short(task)} {how}")
+
+
+def show_commented(task: dict[str, Any], *, hint: bool = True) -> None:
+    """Whether comments reached an agent, or became a task."""
+    name = _short(task)
+    if task["outcome"] == "follow_up":
+        console.print(f"[bold]{name}[/] goes on from {_short({'task_id': task['parent_task_id']})} with the comments")
+        if hint:
+            console.print(f"[dim]Watch it with[/] ca task watch {name}")
+    else:
+        show_sent({**task, "answered": task["outcome"] == "answered"})
 
 
 def show_questions(found: dict[str, Any]) -> None:
@@ -311,6 +325,17 @@ def show_queue(queue: dict[str, Any]) -> None:
     table("Dead letters", ("task", "ended", "title"), dead)
     if dead:
         console.print("[dim]Try one once more with[/] ca task retry TASK")
+
+
+def show_numbered(diff: dict[str, Any]) -> None:
+    """A diff with what names each line in `ca task comment`: its number in the new file, or -N for a deleted one."""
+    from cloudagent_mcp.operations.diffs import files_of
+
+    for file, lines in files_of(diff["diff"]):
+        console.print(f"[bold]{_safe(file.path)}[/] [dim]{file.change}{', binary' if file.binary else ''}[/]")
+        for line in lines:
+            style = {"+": "green", "-": "red"}.get(line.mark, "")
+            console.print(Text(f"{line.number:>7} {line.mark}{clean(line.text)}", style), soft_wrap=True)
 
 
 def show_diff(diff: dict[str, Any]) -> None:

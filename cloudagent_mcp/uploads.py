@@ -116,6 +116,7 @@ class Uploads:
             notes=notes,
             config=found.config,
             manifests=found.manifests,
+            root=found.root,
         )
         return kept.upload_id
 

@@ -210,6 +210,10 @@ def _refusal(error: ValidationError) -> CloudAgentError:
     first = error.errors(include_url=False, include_input=False)[0]
     name = ".".join(str(part) for part in first["loc"][:1])
     kind, context = first["type"], first.get("ctx", {})
+    if kind == "extra_forbidden":  # within an entry of a list; its name is not ours
+        return UnknownArgument(f"An entry of {name} has a field that there is not.", field=name)
+    if kind == "missing" and len(first["loc"]) > 1:
+        return MissingArgument(f"An entry of {name} has no {first['loc'][-1]}.", field=name)
     if kind == "missing":
         return MissingArgument(f"The argument {name} is missing.", field=name)
     bounds = {

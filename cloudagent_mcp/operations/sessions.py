@@ -69,7 +69,8 @@ class Sessions:
             store.tasks.spec(caller.account_id, task_id),
             store.blobs.get(caller.account_id, task_id, "input"),
         )
-        return Earlier(spec, Source(spec.repository, bundle, task.base_sha, config, manifests), blobs)
+        key = store.tasks.source_key(caller.account_id, task_id)
+        return Earlier(spec, Source(spec.repository, bundle, task.base_sha, config, manifests, key=key), blobs)
 
     def again(self, caller: Caller, task_id: str, for_task: str) -> Mapping[BlobKind, bytes]:
         """What a task was submitted with to go on from, for the one that tries it once more."""

@@ -109,7 +109,9 @@ def find_source(
             raise InvalidInput("An upload is one commit: there is no other to start from.", field="base_ref")
         upload, bundle = uploads.take(caller.account_id, upload_id)
         warnings = warnings_of(upload.notes)
-        return Source(name, bundle, upload.base_sha, upload.config, upload.manifests, warnings)
+        return Source(
+            name, bundle, upload.base_sha, upload.config, upload.manifests, key=upload.root, warnings=warnings
+        )
     address = repository.check_address(name, local_paths_allowed=caller.local)
     if address == "none" and base_ref is not None:
         raise InvalidInput("There is no ref to start from without a repository.", field="base_ref")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -14,6 +14,7 @@ from pydantic import Field, WithJsonSchema
 from cloudagent_mcp.checked import what_was_checked
 from cloudagent_mcp.operations import Caller, in_thread, operation
 from cloudagent_mcp.operations.credentials import Credentials, sealed_for_git, secret
+from cloudagent_mcp.operations.overlaps import warned
 from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.submission import Allowed, check_task, find_source, going_on
 from cloudagent_mcp.operations.waiting import brief_line, wait_for
@@ -241,6 +242,7 @@ class Tasks:
             base_sha=source.base_sha,
             config=source.config,
             manifests=source.manifests,
+            source_key=source.key,
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
             git_credentials=sealed_for_git(self._keyring, task_id, tokens),
             blobs={**({"input": source.bundle} if source.bundle is not None else {}), **conversation},
@@ -296,7 +298,8 @@ class Tasks:
             return finished(found) or not asking <= asked
 
         tasks = await wait_for(self._open_store, caller, task_ids, wanted, timeout_seconds)
-        return TaskList(tasks=tuple(map(advise, tasks)), finished=finished(tasks))
+        advised = await self._in_thread(self._advised, caller.account_id, tasks)
+        return TaskList(tasks=advised, finished=finished(tasks))
 
     @operation("GET", "/tasks", title="List tasks", read_only=True, idempotent=True)
     def list_tasks(
@@ -322,7 +325,7 @@ class Tasks:
             cursor=cursor,
             offset=offset,
         )
-        return page.model_copy(update={"tasks": tuple(map(advise, page.tasks))})
+        return page.model_copy(update={"tasks": self._advised(caller.account_id, page.tasks)})
 
     @operation("POST", "/tasks/{task_id}/cancel", title="Cancel a task", destructive=True, idempotent=True)
     def cancel_task(self, caller: Caller, *, task_id: TaskId) -> Cancelled:
@@ -352,6 +355,7 @@ class Tasks:
             base_sha=earlier.base_sha if bundle is not None else None,
             config=config if bundle is not None else None,
             manifests=manifests if bundle is not None else None,
+            source_key=self._store.tasks.source_key(caller.account_id, task_id),
             credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=again),
             git_credentials=sealed_for_git(self._keyring, again, self._credentials.for_git(caller, None)),
             blobs={**({"input": bundle} if bundle is not None else {}), **self._sessions.again(caller, task_id, again)},
@@ -399,12 +403,16 @@ class Tasks:
         place = None
         if task.status is TaskStatus.QUEUED:
             place = store.backlog.place_of(account_id, task_id, running_max=self._running_max)
+        (advised,) = self._advised(account_id, [task])
         return TaskDetail(
-            **dict(advise(task)),
+            **dict(advised),
             log=tuple(map(brief_line, lines)),
             queue=place,
             updated_at=lines[-1].timestamp if lines else None,
         )
+
+    def _advised(self, account_id: str, tasks: Sequence[Task]) -> tuple[Task, ...]:
+        return tuple(warned(self._store, account_id, list(map(advise, tasks))))
 
     # -- shared ---------------------------------------------------------------------------------------------------
 

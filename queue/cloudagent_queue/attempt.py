@@ -8,10 +8,11 @@ import threading
 import time
 
 from cloudagent_queue import repository
-from cloudagent_queue.agents import EVENTS
+from cloudagent_queue.agents import EVENTS, REPOSITORY_FOLDER
 from cloudagent_queue.follow import CHUNK, Ending, LogReader
 from cloudagent_queue.placement import Draining, Ended, Placement
 from cloudagent_queue.talk import Talk
+from cloudagent_queue.touches import Touches
 from cloudagent_storage.errors import (
     CloudAgentError,
     DatabaseUnavailable,
@@ -115,7 +116,13 @@ class Attempt(Placement):
                 )
             bundle, self.base_sha = fetched.bundle, fetched.base_sha
             # Before the bundle: whoever finds that takes these for what belongs to it.
-            self.tasks.update(self.task_id, self.claim.attempt, config=fetched.config, manifests=fetched.manifests)
+            self.tasks.update(
+                self.task_id,
+                self.claim.attempt,
+                config=fetched.config,
+                manifests=fetched.manifests,
+                source_key=fetched.root,
+            )
             self.keep({"input": bundle})
             self.heed(fetched.config)
             self.manifests = fetched.manifests
@@ -207,7 +214,8 @@ class Attempt(Placement):
 
     def follow(self) -> Ending:
         """Read the agent's log into the store until the agent ends, or has to be ended."""
-        reader = LogReader(self.log_offset, self.redactor, question=self.question)
+        self.touches.folder = f"{self.box.root}/{REPOSITORY_FOLDER}"
+        reader = LogReader(self.log_offset, self.redactor, question=self.question, touches=self.touches)
         limit_s = self.spec.timeout_minutes * 60
         if self.phase in (Phase.SAVE, Phase.VERIFY):
             # It had ended when an earlier attempt died; what it was stopped for, if it was, is still so.
@@ -252,6 +260,7 @@ class Attempt(Placement):
                     usage=self.usage,
                     running_seconds=self.running_s,
                     question=reader.question if said else ...,
+                    touches=self.touches.news(),
                 )
                 self.lease.renewed(signals)
                 self.log_offset, self.question = reader.offset, reader.question
@@ -270,6 +279,7 @@ class Attempt(Placement):
                 checkpoint_at = now
                 with self.not_now():
                     self.keep_checkpoint()
+                    self.touch_changed_files()
             if alive and ended is None and asked_to_stop is None:
                 talk.hand_on()
             if asked_to_stop is not None:
@@ -312,6 +322,13 @@ class Attempt(Placement):
 
     def tell_to_stop(self, why: str) -> None:
         self.agent.tell(self.box, "stop", {"kind": "stop", "reason": why, "number": self.number})
+
+    def touch_changed_files(self) -> None:
+        """After a checkpoint: what its agent has changed by other means than tool calls that say so."""
+        for path in repository.changed_files(self.box):
+            self.touches.add(path)
+        if (found := self.touches.news()) is not None:
+            self.tasks.update(self.task_id, self.claim.attempt, touches=found)
 
     def reason_to_stop(self, running_s: float, limit_s: float, quiet_s: float, reader: LogReader) -> Ending | None:
         if self.lease.signals.cancel_requested:
@@ -362,8 +379,11 @@ class Attempt(Placement):
         if bundle is None or changes is None:
             self.blobs.drop(self.task_id, ["result", "diff"], attempt=self.claim.attempt)  # of before a retry
             self.note("The agent changed no file.")
+            self.tasks.update(self.task_id, self.claim.attempt, touches=())
             return True
         self.keep({"result": bundle, "diff": self.redactor.data(changes.diff)})
+        touched = Touches(path for file in changes.files for path in (file.path, file.old_path) if path is not None)
+        self.tasks.update(self.task_id, self.claim.attempt, touches=touched.paths)
         self.result = Result(
             verify=self.failed if self.verdict is Verdict.FAILED else None,
             artifacts=Artifacts(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from cloudagent_queue.agents import result_of
 from cloudagent_queue.redact import Redactor
 from cloudagent_queue.sandboxes import Sandbox
+from cloudagent_queue.touches import Touches
 from cloudagent_storage.errors import CloudAgentError
 from cloudagent_storage.records import (
     EventDraft,
@@ -142,8 +143,10 @@ def read_result(sandbox: Sandbox, number: int = 1) -> Ending | None:
 class LogReader:
     """Reads whole lines of the runner's log from a byte offset on."""
 
-    def __init__(self, offset: int, redactor: Redactor, *, question: Question | None = None) -> None:
-        """`question` is the one that was open there."""
+    def __init__(
+        self, offset: int, redactor: Redactor, *, question: Question | None = None, touches: Touches | None = None
+    ) -> None:
+        """`question` is the one that was open there; `touches` learns of the files that tool calls name."""
         self.question = question
         """What the agent asks, and has seen no answer to."""
         self.asked = 0
@@ -156,6 +159,7 @@ class LogReader:
         self._redactor = redactor
         self._usage: Usage | None = None
         self._tools: set[str] = set()
+        self._touches = Touches() if touches is None else touches
 
     def take(self, chunk: bytes) -> list[EventDraft]:
         """The events of the lines that are complete in what the log holds from `offset` on, `CHUNK` bytes at most."""
@@ -201,6 +205,7 @@ class LogReader:
         identity = str(raw.get("id") or raw.get("tool_use_id") or "")
         if draft.kind == "tool_use":
             self._tools.add(identity)
+            self._touches.see(raw)
         elif draft.kind == "tool_result":
             self._tools.discard(identity)
         elif draft.kind == "usage":

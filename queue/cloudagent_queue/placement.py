@@ -17,6 +17,7 @@ from cloudagent_queue.lease import Lease
 from cloudagent_queue.redact import Redactor
 from cloudagent_queue.sandboxes import Provider, Sandbox, SandboxSpec
 from cloudagent_queue.seal import seal, unseal
+from cloudagent_queue.touches import Touches
 from cloudagent_queue.worker import Worker
 from cloudagent_storage.errors import (
     CloudAgentError,
@@ -121,6 +122,7 @@ class Placement:
         """What the agent was told of when it last went on after a failed verify."""
         self.phase = claim.task.phase
         self.manifests = claim.manifests
+        self.touches = Touches(claim.touches)
         self.is_set_up = False
         """Has the set-up been done in the template that the sandbox was made of?"""
         self.left: BlobKind = "result" if claim.task.phase is Phase.VERIFY else "checkpoint"

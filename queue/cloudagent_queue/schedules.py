@@ -154,6 +154,7 @@ def _draft(keyring: Keyring, held: HeldSchedule) -> TaskDraft:
         bundle=source.bundle,
         config=source.config,
         manifests=source.manifests,
+        source_key=source.key,
         credentials=keyring.seal(json.dumps(kept["agent"]).encode(), bound_to=task_id),
         git_credentials=keyring.seal(json.dumps(kept["git"]).encode(), bound_to=bound_for_git(task_id))
         if kept["git"]

@@ -260,6 +260,14 @@ class Question(Asked):
     text: str
 
 
+class Overlap(Record):
+    """Another task that is under way and touches the same files."""
+
+    task_id: str
+    files: tuple[str, ...]
+    """Untrusted names, in order."""
+
+
 class Task(Record):
     """One prompt for one agent on one repository: what users see of it. Absent is null, never missing."""
 
@@ -297,6 +305,8 @@ class Task(Record):
     question: str | None = None
     """What the agent asks its user; the task waits. Untrusted text."""
     asked: Asked | None = None
+    overlaps: tuple[Overlap, ...] = ()
+    """Others that are under way and touch the same files, as far as is known while they are."""
     next_action: str | None = None
     poll_after_seconds: float | None = None
 
@@ -412,6 +422,8 @@ class Claim(Record):
     """The repository's `.cloudagent.toml`, once its files are kept; None where it has none."""
     manifests: str | None = None
     """A digest of the files that decide what its set-up installs, once they are known."""
+    touches: tuple[str, ...] = ()
+    """The files that earlier attempts are known to have touched."""
     cancel_requested: bool
 
 
@@ -487,6 +499,7 @@ class TaskDraft(Record):
     config: bytes | None = None
     manifests: str | None = None
     """As a `Claim` has them."""
+    source_key: str | None = None
     credentials: bytes | None = None
     """Sealed and bound to the task's id."""
     git_credentials: bytes | None = None
@@ -565,6 +578,8 @@ class Upload(Record):
     config: bytes | None = None
     manifests: str
     """These two as a `Claim` has them."""
+    root: str | None = None
+    """The first commit of its history, where it is known."""
 
 
 class KeptTemplate(Record):

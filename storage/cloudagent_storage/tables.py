@@ -159,6 +159,10 @@ class TaskRow(Model):
     """A digest of what decides what its set-up installs."""
     expired_at = Utc(null=True)
     """Since when its log and blobs count as gone; they are deleted after that, in small steps."""
+    source_key = Text(null=True)
+    """The same for all tasks of one repository, as far as that can be told; null where there is none."""
+    touches = Json(null=True)
+    """The files that its agent has changed or meant to, and at its end those that it did change; null for none."""
     kept_bytes = BigIntegerField(null=True)
     """What its log and blobs take up, measured once after its end; 0 when they are deleted."""
 
@@ -289,6 +293,8 @@ class UploadRow(Model):
     base_sha = CharField(64)
     commits = TextField()
     """Ids that spaces separate, the newest first."""
+    root = Text(null=True)
+    """The first commit of its history; null in rows of the version before."""
     notes = Json()
     config = BlobField(null=True)
     manifests = CharField(64)

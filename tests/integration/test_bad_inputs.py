@@ -87,6 +87,10 @@ TABLE: list[Case] = [
     *((34, "cancel_task", {"task_id": name}, "task_not_found") for name in NO_TASK),
     *((34, "apply_task", {"task_id": name}, "task_not_found") for name in NO_TASK),
     *((34, "retry_task", {"task_id": name}, "task_not_found") for name in NO_TASK),
+    *(
+        (34, "comment_task", {"task_id": name, "comments": [{"file": "x", "text": "y"}]}, "task_not_found")
+        for name in NO_TASK
+    ),
     *((34, "wait_tasks", {"task_ids": [name]}, "task_not_found") for name in NO_TASK),
     (34, "get_task", {"task_id": "canary" * 2000}, "out_of_range"),
     (34, "get_schedule", {"schedule_id": "sch_" + "a" * 26}, "schedule_not_found"),
@@ -108,6 +112,9 @@ TABLE: list[Case] = [
     (45, "get_task_diff", {"task_id": "<queued>"}, "not_ready"),
     (45, "apply_task", {"task_id": "<cancelled>"}, "no_changes"),
     (45, "retry_task", {"task_id": "<queued>"}, "not_ready"),
+    (45, "comment_task", {"task_id": "<cancelled>", "comments": [{"file": "canary", "text": "x"}]}, "no_changes"),
+    (10, "comment_task", {"task_id": "<queued>", "comments": [{"file": "x"}]}, "missing_argument"),
+    (7, "comment_task", {"task_id": "<queued>", "comments": [{"file": "x", "canary": "y"}]}, "missing_argument"),
     *(cron(53, line, "invalid_cron") for line in ("", "60 * * * *", "* * * *", "*/0 * * * *", "canary", "* " * 2500)),
     cron(54, "0 0 30 2 *", "never_fires"),
     cron(54, "@hourly", "invalid_cron"),

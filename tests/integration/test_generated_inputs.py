@@ -77,6 +77,8 @@ def fitting(schema: dict[str, Any]) -> SearchStrategy[Any]:
             return st.booleans()
         case "array":
             return st.lists(fitting(schema.get("items", {})), max_size=4)
+        case "object" if "properties" in schema:
+            return st.fixed_dictionaries({name: fitting(inner) for name, inner in schema["properties"].items()})
         case "object":
             return st.dictionaries(NAMES, HOSTILE, max_size=3)
         case _:
@@ -171,6 +173,7 @@ TOOLS = [
     "submit_task", "get_task", "wait_tasks", "list_tasks", "cancel_task", "retry_task", "get_task_logs",
     "get_task_diff", "apply_task", "get_queue", "create_schedule", "list_schedules", "get_schedule", "update_schedule",
     "delete_schedule", "run_schedule", "delegate", "send_message", "list_pending_questions", "apply_tasks",
+    "comment_task",
 ]  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class LightSandbox:
     """In memory alone. Its agent says a line every `LIGHT_LINE_S` since the sandbox was made, which its id tells."""
 
     python = "python"
+    root = "/light"
     resources = None
     remark = None
 

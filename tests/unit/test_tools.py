@@ -15,6 +15,7 @@ NAMES = {
     "submit_task", "get_task", "wait_tasks", "list_tasks", "cancel_task", "get_task_logs", "get_task_diff",
     "apply_task", "retry_task", "create_schedule", "list_schedules", "get_schedule", "update_schedule",
     "delete_schedule", "run_schedule", "get_queue", "delegate", "send_message", "list_pending_questions", "apply_tasks",
+    "comment_task",
 }  # fmt: skip
 
 

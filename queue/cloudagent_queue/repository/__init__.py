@@ -21,6 +21,7 @@ from cloudagent_queue.repository.pushed import Pushed, find_pushed
 from cloudagent_queue.repository.remote import Fetched, fetch
 from cloudagent_queue.repository.sandbox import (
     OUTPUT_LIMIT,
+    changed_files,
     check_out,
     checkpoint,
     collect,
@@ -45,6 +46,7 @@ __all__ = [
     "Uploaded",
     "WorkingTree",
     "bundle_working_tree",
+    "changed_files",
     "check_address",
     "check_out",
     "check_ref",

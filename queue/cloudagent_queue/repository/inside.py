@@ -160,6 +160,8 @@ class Collection:
     def save(self) -> int:
         self.stage()
         tree, base_tree = word(self.git("write-tree")), self.tree_of(self.base)
+        if self.request["at_work"]:
+            (RUN / "changed_files").write_bytes(self.git("diff-tree", "-r", "-z", "--name-only", base_tree, tree))
         if tree == base_tree and not self.notes:
             return NOTHING
         tip = self.head

@@ -21,7 +21,7 @@ from cloudagent_queue import git
 from cloudagent_queue.repository.bundles import BASE_BRANCH, BUNDLE_LIMIT, HARMLESS_FLAWS
 from cloudagent_queue.repository.config import config_in
 from cloudagent_queue.repository.manifests import manifests_in
-from cloudagent_queue.repository.working_tree import near_names
+from cloudagent_queue.repository.working_tree import near_names, root_of
 from cloudagent_storage.errors import (
     RefNotFound,
     RepositoryEmpty,
@@ -58,6 +58,8 @@ class Fetched:
     config: bytes | None
     """The `.cloudagent.toml` that is in it, checked."""
     manifests: str
+    root: str
+    """The first commit of its history."""
 
 
 def fetch(
@@ -147,7 +149,7 @@ class _Cache:
         config, manifests = config_in(self._local, commit), manifests_in(self._local, commit)
         self._local("update-ref", BASE_BRANCH, commit)
         bundle = self._local("bundle", "create", "--quiet", "-", BASE_BRANCH, max_bytes=BUNDLE_LIMIT).out
-        return Fetched(bundle, commit, config, manifests)
+        return Fetched(bundle, commit, config, manifests, root_of(self._local, commit))
 
     def _make(self) -> None:
         fresh = self._folder.with_suffix(".new")

@@ -19,6 +19,7 @@ VERIFY_FOLDER = "verify"
 VERIFY_HOME = "verify-home"
 OUTPUT_LIMIT = 8192
 """How much of the end of a command's output is kept, in characters."""
+NAMES_LIMIT = 64 * 1024
 
 _INSIDE = Path(__file__).with_name("inside.py")
 _GIT_WITHIN_S = 600.0
@@ -81,6 +82,12 @@ def _collect(sandbox: Sandbox, *, base_sha: str, branch: str, message: str, at_w
 def checkpoint(sandbox: Sandbox, *, base_sha: str, branch: str) -> bytes | None:
     """What `collect` answers, while the agent is at work: nothing of its own is touched. For `restore`."""
     return _collect(sandbox, base_sha=base_sha, branch=branch, message=WORK_IN_PROGRESS, at_work=True)
+
+
+def changed_files(sandbox: Sandbox) -> list[str]:
+    """The files in which the last `checkpoint` differs from the base, as far as 64 kB name them. Untrusted."""
+    names = sandbox.read(f"{RUN_FOLDER}/changed_files", max_bytes=NAMES_LIMIT)
+    return [name for name in names[: names.rfind(b"\0") + 1].decode("utf-8", "replace").split("\0") if name]
 
 
 def restore(sandbox: Sandbox, bundle: bytes, *, branch: str) -> None:

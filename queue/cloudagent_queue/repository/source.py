@@ -22,6 +22,9 @@ class Source:
     config: bytes | None = None
     manifests: str | None = None
     """As a `Claim` has them; those of a remote repository are not known yet."""
+    key: str | None = None
+    """What every task of the same repository has, as far as that can be told: the first commit of its history. That of
+    a remote repository is not known yet."""
     warnings: Sequence[EventDraft] = field(default_factory=list[EventDraft])
 
 
@@ -30,7 +33,15 @@ def read_source(place: str, base_ref: str | None, allow_secrets: Collection[str]
     if place == "none" or is_remote(place):
         return Source(place)
     tree = bundle_working_tree(Path(place), base_ref=base_ref, allow_secrets=allow_secrets)
-    return Source(str(tree.top), tree.bundle, tree.base_sha, tree.config, tree.manifests, warnings_of(tree.notes))
+    return Source(
+        str(tree.top),
+        tree.bundle,
+        tree.base_sha,
+        tree.config,
+        tree.manifests,
+        key=tree.root or str(tree.top),
+        warnings=warnings_of(tree.notes),
+    )
 
 
 def warnings_of(notes: Sequence[str]) -> list[EventDraft]:

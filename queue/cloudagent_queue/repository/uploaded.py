@@ -19,6 +19,7 @@ from cloudagent_queue.repository.bundles import (
 )
 from cloudagent_queue.repository.config import config_in
 from cloudagent_queue.repository.manifests import manifests_in
+from cloudagent_queue.repository.working_tree import root_of
 from cloudagent_storage.errors import InvalidUpload, RepositoryTooLarge, UploadIncomplete
 
 COMMITS_KEPT = 1000
@@ -37,6 +38,8 @@ class Uploaded:
     base_sha: str
     commits: tuple[str, ...]
     """`base_sha` and those before it, the newest first, as many as are remembered."""
+    root: str
+    """The first commit of its history."""
     config: bytes | None
     """The `.cloudagent.toml` that is in it, checked."""
     manifests: str
@@ -67,6 +70,7 @@ def import_upload(sent: bytes, find: Callable[[Sequence[str]], bytes | None]) ->
             commits = run("rev-list", f"--max-count={COMMITS_KEPT}", base).text.split("\n")
         except (ValueError, git.GitFailed) as error:
             raise InvalidUpload() from error
+        root = root_of(run, base)
         config, manifests = config_in(run, base), manifests_in(run, base)
         whole = sent
         if earlier is not None:
@@ -74,7 +78,7 @@ def import_upload(sent: bytes, find: Callable[[Sequence[str]], bytes | None]) ->
                 whole = run("bundle", "create", "--quiet", "-", BASE_BRANCH, max_bytes=BUNDLE_LIMIT).out
             except git.TooMuchOutput:
                 raise RepositoryTooLarge() from None
-    return Uploaded(whole, base, tuple(commits), config, manifests)
+    return Uploaded(whole, base, tuple(commits), root, config, manifests)
 
 
 def _import(run: Callable[..., git.Done], header: Header, pack: bytes, earlier: bytes | None) -> None:

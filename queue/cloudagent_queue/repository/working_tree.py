@@ -67,6 +67,9 @@ class WorkingTree:
     config: bytes | None
     """The `.cloudagent.toml` that is in it, checked."""
     manifests: str
+    root: str | None
+    """The first commit of its history, by which another working tree of the same repository is known; None where the
+    history is cut off."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -224,6 +227,7 @@ def bundle_working_tree(
             has_uncommitted=tree != committed,
             config=config,
             manifests=manifests,
+            root=None if scratch.shallow else root_of(run, base),
         )
 
 
@@ -271,6 +275,11 @@ class _Scratch:
             max_bytes=BUNDLE_LIMIT,
             timeout_s=600,
         ).out
+
+
+def root_of(run: Callable[..., git.Done], commit: str) -> str:
+    """The first commit of its history, by first parents."""
+    return run("rev-list", "--first-parent", "--max-parents=0", commit).text
 
 
 def origin_of(message: str) -> str | None:

@@ -7,6 +7,7 @@
     + PromptEmpty, PromptTooLong
     + UnknownProvider, IdempotencyMismatch, StartGiven
     + InvalidEgress, EgressNotAllowed
+    + NotInDiff                 a comment is about nothing that the task has changed
     + schedule
       - InvalidCron, NeverFires, TooFrequent, UnknownTimezone
     + repository

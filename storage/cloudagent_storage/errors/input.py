@@ -121,6 +121,14 @@ class EgressNotAllowed(InvalidInput):
     field = "egress"
 
 
+class NotInDiff(InvalidInput):
+    """The task's diff has no such file, or no such line."""
+
+    code = "not_in_diff"
+    remedy = "Look at get_task_diff (`ca task diff --lines`)."
+    field = "comments"
+
+
 class InvalidCron(InvalidInput):
     """The cron line cannot be used."""
 

@@ -12,6 +12,7 @@ from cloudagent_storage.store.database import CONNECTIONS, Database
 from cloudagent_storage.store.events import Events
 from cloudagent_storage.store.keys import Keys
 from cloudagent_storage.store.messages import Messages
+from cloudagent_storage.store.overlaps import Overlaps
 from cloudagent_storage.store.postgres import BRIEF, PATIENT, Patience
 from cloudagent_storage.store.retention import Retention
 from cloudagent_storage.store.schedules import ScheduleChanges, Schedules
@@ -46,6 +47,7 @@ class Store:
         self.retention = Retention(database)
         self.templates = Templates(database)
         self.uploads = Uploads(database)
+        self.overlaps = Overlaps(database)
 
     @classmethod
     def open(cls, url: str, *, patience: Patience = PATIENT, connections: int = CONNECTIONS) -> Store:

@@ -257,6 +257,7 @@ def claim_of(row: TaskRow, *, lease_s: float) -> Claim:
         git_credentials=None if row.git_credentials is None else bytes(row.git_credentials),
         config=None if row.config is None else bytes(row.config),
         manifests=row.manifests,
+        touches=tuple(row.touches or ()),
         cancel_requested=row.cancel_requested_at is not None,
     )
 

@@ -35,7 +35,7 @@ from cloudagent_storage.tables import MessageRow, TaskRow
 ACTIVE = (TaskStatus.RUNNING, TaskStatus.WAITING)
 TASK_ID = re.compile(r"task_[a-z2-7]{26}")
 NOTHING_ASKED = {"question": None, "asked": None, "asked_at": None}
-UNSEEN = frozenset({"lease_until", "rung_at", "log_offset", "running_seconds", "usage", "lost_leases"})
+UNSEEN = frozenset({"lease_until", "rung_at", "log_offset", "running_seconds", "usage", "lost_leases", "touches"})
 """What changes so often that nobody is told: whoever waits for a task does not wait for these."""
 
 

@@ -221,6 +221,7 @@ class Schedules:
                 base_sha=draft.base_sha,
                 config=draft.config,
                 manifests=draft.manifests,
+                source_key=draft.source_key,
                 credentials=draft.credentials,
                 git_credentials=draft.git_credentials,
                 lines=draft.lines,

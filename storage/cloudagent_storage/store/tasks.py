@@ -71,12 +71,15 @@ class Changes(TypedDict, total=False):
     config: bytes | None
     manifests: str | None
     """Kept before the `input` blob is: whoever finds that takes these for what belongs to it."""
+    source_key: str | None
     model: str | None
     provider: str | None
     sandbox_id: str | None
     sandbox_losses: int
     retries_used: int
     failed_verify: VerifyResult
+    touches: Sequence[str]
+    """What it touches is known from the result now; empty for nothing."""
     usage: Usage
     running_seconds: float
 
@@ -99,6 +102,7 @@ class Tasks:
         base_sha: str | None = None,
         config: bytes | None = None,
         manifests: str | None = None,
+        source_key: str | None = None,
         credentials: bytes | None = None,
         git_credentials: bytes | None = None,
         blobs: Mapping[BlobKind, bytes] | None = None,
@@ -132,6 +136,7 @@ class Tasks:
                 base_sha=base_sha,
                 config=config,
                 manifests=manifests,
+                source_key=source_key,
                 schedule_id=schedule_id,
                 credentials=credentials,
                 git_credentials=git_credentials,
@@ -176,6 +181,11 @@ class Tasks:
         with self._db.reading():
             row = find(self._db, account_id, task_id, columns=[self._rows.config, self._rows.manifests])
         return (None if row.config is None else bytes(row.config), row.manifests)
+
+    def source_key(self, account_id: str, task_id: str) -> str | None:
+        """What its repository is known by. Raises `TaskNotFound`."""
+        with self._db.reading():
+            return find(self._db, account_id, task_id, columns=[self._rows.source_key]).source_key
 
     def version(self, account_id: str, task_id: str) -> tuple[str, ...]:
         """Something that is different whenever status, phase or log have changed. Raises `TaskNotFound`."""
@@ -315,6 +325,8 @@ class Tasks:
         """Change a task on the way, and renew the lease when `lease_s` is given. Raises `LeaseLost`."""
         columns: dict[str, Any] = dict(changes)
         columns |= {name: json_of(value) for name, value in columns.items() if isinstance(value, Usage | VerifyResult)}
+        if "touches" in changes:
+            columns["touches"] = list(changes["touches"]) or None
         if lease_s is not None:
             columns["lease_until"] = self._db.later(lease_s)
         with self._db.writing():
@@ -350,11 +362,13 @@ class Tasks:
         usage: Usage | None = None,
         running_seconds: float | None = None,
         question: Question | EllipsisType | None = ...,
+        touches: Sequence[str] | None = None,
     ) -> Signals:
         """Take over a part of the runner's log that ends at byte `log_offset`, and renew the lease, in one step.
 
         So no line is lost or kept twice, whatever dies when. New lines are progress: earlier lost leases are forgotten.
-        With a `question` the task waits, with None it runs; left out, nothing changes. Raises `LeaseLost`.
+        With a `question` the task waits, with None it runs; left out, nothing changes. `touches` are all files that
+        are known by now, where there are more of them. Raises `LeaseLost`.
         """
         columns: dict[str, Any] = {"log_offset": log_offset, "lease_until": self._db.later(lease_s)}
         if events:
@@ -365,6 +379,8 @@ class Tasks:
             columns["running_seconds"] = running_seconds
         if not isinstance(question, EllipsisType):
             columns |= asking(self._db, question)
+        if touches is not None:
+            columns["touches"] = list(touches)
         with self._db.writing():
             return self._signals(change_held(self._db, task_id, attempt, lines=events, **columns), task_id)
 

@@ -36,6 +36,7 @@ class Uploads:
         notes: Sequence[str],
         config: bytes | None,
         manifests: str,
+        root: str | None = None,
         quota_bytes: int = QUOTA_BYTES,
     ) -> Upload:
         """Keep a whole bundle of `base_sha`, or that of the same commit which is there, with these notes.
@@ -58,6 +59,7 @@ class Uploads:
                     notes=list(notes),
                     config=config,
                     manifests=manifests,
+                    root=root,
                     data=bundle,
                     size=len(bundle),
                     used_at=now,
@@ -153,7 +155,7 @@ class Uploads:
 
     def _find(self, account_id: str, upload_id: str) -> Upload:
         rows = self._rows
-        columns = [rows.upload_id, rows.base_sha, rows.notes, rows.config, rows.manifests]
+        columns = [rows.upload_id, rows.base_sha, rows.notes, rows.config, rows.manifests, rows.root]
         row = rows.select(*columns).where(rows.upload_id == upload_id, rows.account_id == account_id).get()
         return Upload(
             upload_id=row.upload_id,
@@ -161,4 +163,5 @@ class Uploads:
             notes=tuple(row.notes),
             config=None if row.config is None else bytes(row.config),
             manifests=row.manifests,
+            root=row.root,
         )
