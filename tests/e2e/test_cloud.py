@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import e2b
 import pytest
@@ -96,10 +95,12 @@ def test_a_set_up_runs_once_for_its_lock_file_and_again_when_what_was_kept_has_v
         world = replace(world, environment={**world.environment, **variables})
         worker = world.start_worker()
         with world.client(repo) as client:
+            tasks: list[str] = []
 
-            def run() -> tuple[list[str], str]:
-                task: dict[str, Any] = client.call("submit_task", prompt="Look around", setup=SET_UP)
-                return ended(world, client, task["task_id"])
+            def run(**arguments: str) -> tuple[list[str], str]:
+                asked = {"prompt": "Look around", "setup": SET_UP, **arguments}
+                tasks.append(client.call("submit_task", **asked)["task_id"])
+                return ended(world, client, tasks[-1])
 
             (repo / "uv.lock").write_text("one\n")
             said, first = run()
@@ -116,6 +117,10 @@ def test_a_set_up_runs_once_for_its_lock_file_and_again_when_what_was_kept_has_v
             assert "setting up\n" in said and third.startswith("two\n")
             assert len(kept_templates(world)) == 2
             (newer,) = set(kept_templates(world)) - {kept}
+
+            # What an agent has made is no part of a set-up that others are given.
+            assert "other\n" in run(continue_task_id=tasks[0], setup="echo other")[0]
+            assert set(kept_templates(world)) == {kept, newer}
 
             assert e2b.Sandbox.delete_snapshot(newer, **server.options)
             body = '{"code": 400, "message": "no snapshots on this plan"}'
