@@ -21,6 +21,9 @@ LOCAL_ACCOUNT = "local"
 MAX_SCHEDULES = 100
 """Per account."""
 
+MAX_CANDIDATES = 8
+"""Of one task."""
+
 
 def new_id(prefix: Literal["task", "sch", "key", "upl", "msg", "sbx"]) -> str:
     """A fresh id such as `task_` and 26 lower-case base32 characters."""
@@ -166,6 +169,13 @@ class TaskSpec(Record):
     priority: Priority = Priority.NORMAL
     egress: tuple[str, ...] = ()
     """Hosts that its sandbox may reach beside those that the operator allows."""
+    best_of: int | None = None
+    """How many candidates try it; None where it is tried by itself."""
+    models: tuple[str, ...] = ()
+    """The candidates' models and providers, which they take in turn."""
+    providers: tuple[str, ...] = ()
+    cancel_losers: bool = False
+    """Are the others cancelled as soon as one has passed?"""
 
 
 class Idempotency(Record):
@@ -245,6 +255,31 @@ class Question(Asked):
     text: str
 
 
+class Candidate(Record):
+    """One of several independent tries at the same prompt, as they are compared."""
+
+    candidate: int
+    task_id: str
+    rank: int | None = None
+    """1 is the best of those that have ended; None until then."""
+    status: TaskStatus
+    verdict: Verdict | None = None
+    model: str | None = None
+    provider: str | None = None
+    files_changed: int = 0
+    insertions: int = 0
+    deletions: int = 0
+    cost_usd: float = 0.0
+    """What its model has cost so far."""
+
+
+class Best(Record):
+    """The candidate whose result is its parent's."""
+
+    candidate: int
+    task_id: str
+
+
 class Task(Record):
     """One prompt for one agent on one repository: what users see of it. Absent is null, never missing."""
 
@@ -266,6 +301,15 @@ class Task(Record):
     priority: Priority = Priority.NORMAL
     attempt: int = 0
     parent_task_id: str | None = None
+    """Of a candidate its parent; else the task that this one goes on from."""
+    candidate: int | None = None
+    """Which of its parent's candidates it is, from 1."""
+    best_of: int | None = None
+    """How many candidates it has. What it brought back is the best one's; it cost what all have cost."""
+    best: Best | None = None
+    """The best of them, once all have ended."""
+    asking: tuple[str, ...] = ()
+    """Those of its candidates that wait for an answer, where a single task is looked at."""
     retry_of: str | None = None
     """The task that this one tries once more."""
     schedule_id: str | None = None
@@ -282,6 +326,11 @@ class Task(Record):
     asked: Asked | None = None
     next_action: str | None = None
     poll_after_seconds: float | None = None
+
+    @property
+    def submitted_as(self) -> str:
+        """Under whose id that is kept which it was submitted with: a candidate shares what its parent has."""
+        return self.task_id if self.candidate is None or self.parent_task_id is None else self.parent_task_id
 
 
 class TaskHead(Record):
@@ -349,6 +398,7 @@ class PendingQuestion(Asked):
     """A question of an agent that nobody has answered."""
 
     task_id: str
+    candidate: int | None = None
     title: str
     question: str
     """Untrusted text."""
@@ -438,6 +488,7 @@ class Running(Record):
     task_id: str
     account_id: str
     title: str
+    candidate: int | None = None
     phase: Phase | None
     attempt: int
     worker: str | None
@@ -458,6 +509,16 @@ class Overview(Record):
     last_sweep_at: datetime | None
 
 
+class CandidateDraft(Record):
+    """One of the candidates with which a task is submitted."""
+
+    task_id: str
+    spec: TaskSpec
+    credentials: bytes | None = None
+    """Sealed and bound to the candidate's id, as those of any task."""
+    git_credentials: bytes | None = None
+
+
 class TaskDraft(Record):
     """What a schedule's task has that its `TaskSpec` does not say."""
 
@@ -472,6 +533,7 @@ class TaskDraft(Record):
     """Sealed and bound to the task's id."""
     git_credentials: bytes | None = None
     """Sealed as well, see `bound_for_git`."""
+    candidates: tuple[CandidateDraft, ...] = ()
     lines: tuple[EventDraft, ...] = ()
 
 

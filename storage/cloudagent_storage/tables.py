@@ -158,6 +158,12 @@ class TaskRow(Model):
     """Since when its log and blobs count as gone; they are deleted after that, in small steps."""
     kept_bytes = BigIntegerField(null=True)
     """What its log and blobs take up, measured once after its end; 0 when they are deleted."""
+    candidate = IntegerField(null=True)
+    """Which of its parent's candidates it is, from 1; null for what is none, whatever `parent_task_id` says."""
+    best_of = IntegerField(null=True)
+    """How many candidates it has: it is their parent, and no worker takes it."""
+    best = Json(null=True)
+    """The best of them, once all have ended: its number and id."""
 
     class Meta:
         indexes = (
@@ -167,6 +173,7 @@ class TaskRow(Model):
             (("account_id", "idempotency_key"), True),
             (("schedule_id", "status"), False),
             (("expired_at", "kept_bytes"), False),
+            (("parent_task_id", "candidate"), False),
         )
 
 

@@ -16,7 +16,7 @@
   x NotFound
     + TaskNotFound, ScheduleNotFound, KeyNotFound, UploadNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
-    + NotReady, TaskEnded, QuestionClosed, NoChanges, AlreadyApplied, NothingToUndo, Busy
+    + NotReady, TaskEnded, SeveralAgents, QuestionClosed, NoChanges, AlreadyApplied, NothingToUndo, Busy
     + TaskExpired, NothingToVerifyBy
     + ApplyConflict, UnsafeChange, ConfirmationNeeded, TargetNotAllowed
     + LimitReached

@@ -223,6 +223,7 @@ class Schedules:
                 manifests=draft.manifests,
                 credentials=draft.credentials,
                 git_credentials=draft.git_credentials,
+                candidates=draft.candidates,
                 lines=draft.lines,
                 schedule_id=schedule_id,
             )
