@@ -34,7 +34,7 @@ LEAST_SAID = 32
 ESSENTIAL = {"task_id", "status", "verdict", "title", "prompt", "repository", "branch", "agent", "created_at"}
 """Of many tasks that are waited for, when they say too much: what their schema wants, and what was waited for."""
 TEXT_ANSWERS = (LogPage, Diff)
-ONLY_REST = {"submit_task": ("session",), "get_task_logs": ("raw", "tail"), "list_tasks": ("offset",)}
+ONLY_REST = {"submit_task": ("session",), "get_task_logs": ("raw", "tail"), "list_tasks": ("offset", "candidates")}
 """Arguments that models are not told of."""
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,11 +15,16 @@ from cloudagent_mcp.operations.diffs import Diff, parse_diff
 from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.tasks import TaskId
 from cloudagent_mcp.session_home import SessionHome
-from cloudagent_storage.errors import CloudAgentError, NoChanges, NotReady, TargetNotAllowed, TaskExpired
-from cloudagent_storage.records import Record, Task
+from cloudagent_storage.errors import CloudAgentError, NoChanges, NothingToUndo, NotReady, TargetNotAllowed, TaskExpired
+from cloudagent_storage.records import MAX_CANDIDATES, Record, Task
 
 if TYPE_CHECKING:
     from cloudagent_storage.store import Store
+
+
+Candidate = Annotated[
+    int | None, Field(ge=1, le=MAX_CANDIDATES, description="Of best_of, which one. Default: the best.")
+]
 
 
 class Applied(Record):
@@ -46,6 +52,14 @@ class Applied(Record):
             return self.model_copy(update={"session_refused": error.code})
 
 
+def undo_one_of(task_ids: Sequence[str], folder: Path, *, state_folder: Path) -> tuple[str, apply.ApplyOutcome]:
+    """Take back the one of these tasks that is applied in a folder, and say which. Raises what `apply.undo` raises."""
+    for task_id in task_ids[:-1]:
+        with contextlib.suppress(NothingToUndo):
+            return task_id, apply.undo(folder, task_id=task_id, state_folder=state_folder)
+    return task_ids[-1], apply.undo(folder, task_id=task_ids[-1], state_folder=state_folder)
+
+
 class Results:
     """Read results, and bring them home."""
 
@@ -67,10 +81,11 @@ class Results:
         task_id: TaskId,
         path: Annotated[str | None, Field(max_length=4096, description="Only this file, or this folder.")] = None,
         stat_only: Annotated[bool, Field(description="Only the list of files.")] = False,
+        candidate: Candidate = None,
     ) -> Diff:
         """What a task changed, as a unified diff with its list of files. Also of a failed or cancelled task."""
-        task = self._store.tasks.get(caller.account_id, task_id)
-        text = self._store.blobs.get(caller.account_id, task_id, "diff")
+        task = self._store.candidates.choose(caller.account_id, task_id, candidate)
+        text = self._store.blobs.get(caller.account_id, task.task_id, "diff")
         if text is None:
             if not task.status.terminal:
                 raise NotReady()
@@ -94,12 +109,17 @@ class Results:
             ),
         ] = [],  # noqa: B006
         undo: Annotated[bool, Field(description="Take an applied result back.")] = False,
+        candidate: Candidate = None,
     ) -> Applied:
         """Write a task's changes into a working tree: all or nothing, never over changes of your own, with a backup.
 
-        Where files changed on both sides nothing is written and they are named.
+        Where files changed on both sides nothing is written and they are named. Of a task with candidates the best is
+        applied where none is named, and whichever is applied is taken back.
         """
-        task = self._store.tasks.get(caller.account_id, task_id)
+        if undo and caller.local and candidate is None:
+            return self._undone(caller, task_id, directory)
+        task = self._store.candidates.choose(caller.account_id, task_id, candidate)
+        task_id = task.task_id
         if task.expired_at is not None and not undo:
             raise TaskExpired()
         if not caller.local:
@@ -127,12 +147,24 @@ class Results:
             return done
         return done.with_session(lambda: self._sessions.bring_home(caller, task_id, folder))
 
-    def bundle(self, caller: Caller, task_id: str, kind: Literal["input", "result"]) -> bytes | None:
+    def bundle(
+        self, caller: Caller, task_id: str, kind: Literal["input", "result"], candidate: int | None = None
+    ) -> bytes | None:
         """A task's git bundle, for a client that applies it elsewhere. None where `input` has none."""
-        task = self._store.tasks.get(caller.account_id, task_id)
+        task = self._store.candidates.choose(caller.account_id, task_id, candidate)
         if kind == "result":
             return self._result_of(caller, task)
-        return self._store.blobs.get(caller.account_id, task_id, "input")
+        return self._store.blobs.get(caller.account_id, task.task_id, "input")
+
+    def _undone(self, caller: Caller, task_id: str, directory: str | None) -> Applied:
+        """Take back what of a task is applied, be it one of its candidates."""
+        task = self._store.tasks.get(caller.account_id, task_id)
+        if caller.folder is None:
+            raise TargetNotAllowed()
+        folder = caller.folder / (directory or ".")
+        names = [task_id, *(found.task_id for found in self._store.candidates.of(caller.account_id, task_id))]
+        name, outcome = undo_one_of(names, folder, state_folder=self._state_folder)
+        return Applied.model_validate({"task_id": name, "base_sha": task.base_sha, **outcome.model_dump()})
 
     def _result_of(self, caller: Caller, task: Task) -> bytes:
         bundle = self._store.blobs.get(caller.account_id, task.task_id, "result")

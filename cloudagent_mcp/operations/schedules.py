@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, create_model
 
 from cloudagent_mcp.operations import Caller, Operation, check_arguments, operation
+from cloudagent_mcp.operations.candidates import check_losers
 from cloudagent_mcp.operations.credentials import Credentials
 from cloudagent_mcp.operations.submission import Allowed, check_task, find_source, title_of
 from cloudagent_queue.agents import open_agent
@@ -175,6 +176,7 @@ class Schedules:
             asked = check_arguments(self._task_arguments, task)
             spec = check_task(asked, self._allowed, own_user=caller.local)
             source = find_source(caller, asked["repository"], asked["base_ref"])
+            check_losers(spec, source)
         except InvalidInput as error:
             error.field = "task" if error.field is None else f"task.{error.field}"
             raise

@@ -430,12 +430,14 @@ def test_nobody_has_lost_before_one_has_passed_or_where_it_is_not_wanted(
 ROUNDS = 12
 
 
-@pytest.mark.parametrize("cancel_losers", [False, True])
-def test_candidates_that_end_in_one_moment_end_their_parent_once(store: Store, cancel_losers: bool) -> None:
+@pytest.mark.parametrize(("cancel_losers", "verdict"), [(False, Verdict.UNVERIFIED), (True, Verdict.PASSED)])
+def test_candidates_that_end_in_one_moment_end_their_parent_once(
+    store: Store, cancel_losers: bool, verdict: Verdict
+) -> None:
     for _ in range(ROUNDS):
         parent, *candidates = group(store, 6, cancel_losers=cancel_losers)
         claims = [claimed(store, task_id) for task_id in candidates]
-        at_once(*(lambda claim=claim: end(store, claim, verdict=Verdict.PASSED) for claim in claims))
+        at_once(*(lambda claim=claim: end(store, claim, verdict=verdict) for claim in claims))
         ended = get(store, parent)
         assert ended.status is TaskStatus.COMPLETED and ended.usage.turns == 12
         assert sum("The best of" in said for said in messages(store, parent)) == 1

@@ -15,17 +15,14 @@ from typing import Any
 
 from peewee import Case, Expression, fn
 
+from cloudagent_storage.overview import Overview, Place, Running, Waiting
 from cloudagent_storage.records import (
     Claim,
     EventDraft,
     Level,
-    Overview,
     Phase,
-    Place,
-    Running,
     TaskError,
     TaskStatus,
-    Waiting,
 )
 from cloudagent_storage.store.change import change
 from cloudagent_storage.store.database import Database
