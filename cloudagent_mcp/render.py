@@ -129,22 +129,31 @@ def show_task(task: dict[str, Any]) -> None:
 
 
 def show_candidates(candidates: list[dict[str, Any]]) -> None:
-    """How the tries at one prompt compare, the best first."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in ("  rank", "candidate", "task", "status", "verdict", "changes", "cost", "model", "provider"):
-        table.add_column(column, no_wrap=True)
-    for found in candidates:
-        table.add_row(
-            f"  {found['rank'] or '-'}",
-            str(found["candidate"]),
+    """How the tries at one prompt compare, the best first; in a pipe, tabs between the columns."""
+    names = ("rank", "candidate", "task", "status", "verdict", "changes", "cost", "model", "provider")
+    rows = [
+        (
+            Text(str(found["rank"] or "-")),
+            Text(str(found["candidate"])),
             Text(_short(found), "bold"),
             _status(found),
             _verdict(found),
-            _changes(found) if found["files_changed"] else "none" if found["rank"] else "",
-            f"${found['cost_usd']:.4f}",
+            Text(_changes(found) if found["files_changed"] else "none" if found["rank"] else ""),
+            Text(f"${found['cost_usd']:.4f}"),
             Text(clean(found["model"] or "")),
             Text(clean(found["provider"] or "")),
         )
+        for found in candidates
+    ]
+    if not console.is_terminal:
+        for row in [names, *((cell.plain for cell in row) for row in rows)]:
+            print("  " + "\t".join(row))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from cloudagent_storage.store import Store
 
 
-Candidate = Annotated[
-    int | None, Field(ge=1, le=MAX_CANDIDATES, description="Of best_of, which one. Default: the best.")
-]
+Candidate = Annotated[int | None, Field(ge=1, le=MAX_CANDIDATES, description="Default: the best.")]
 
 
 class Applied(Record):

@@ -145,7 +145,7 @@ class Tasks:
         ] = None,
         model: Annotated[str | None, Field(min_length=1, max_length=100)] = None,
         best_of: Annotated[
-            int | None, Field(ge=1, le=MAX_CANDIDATES, description="Independent tries; the best one counts.")
+            int | None, Field(ge=1, le=MAX_CANDIDATES, description="Independent tries; the best counts.")
         ] = None,
         models: Annotated[list[str], Field(max_length=MAX_CANDIDATES, description="For the tries in turn.")] = [],  # noqa: B006
         providers: Annotated[list[str], Field(max_length=MAX_CANDIDATES)] = [],  # noqa: B006

@@ -398,7 +398,7 @@ def test_losers_are_cancelled_in_the_step_in_which_one_passes(store: Store) -> N
     loser = get(store, third)
     assert loser.status is TaskStatus.CANCELLED and loser.error is not None and "had passed" in loser.error.message
     assert get(store, parent).status is TaskStatus.RUNNING
-    assert messages(store, first)[-1] == "Cancelled: candidate 2 has passed."
+    assert messages(store, first)[-1] == "Cancel requested: candidate 2 has passed."
     assert f"Candidate 3, {third}, was cancelled before it started." in messages(store, parent)
     end(store, running, TaskStatus.CANCELLED)
     ended = get(store, parent)

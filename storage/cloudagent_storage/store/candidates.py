@@ -231,12 +231,14 @@ def _cancel_losers(db: Database, members: Sequence[TaskRow], winner: int) -> lis
         if TaskStatus(member.status).terminal or member.cancel_requested_at is not None:
             continue
         changes: dict[str, Any] = {"cancel_requested_at": db.now}
+        said = f"Cancel requested: candidate {winner} has passed."
         if member.status == TaskStatus.QUEUED:
             changes |= ended(db, TaskStatus.CANCELLED, error=LOST)
+            said = f"Cancelled before it started: candidate {winner} has passed."
             name = f"Candidate {member.candidate}, {member.task_id}"
             lines.append(EventDraft(kind="status", message=f"{name}, was cancelled before it started."))
-        said = EventDraft(kind="status", message=f"Cancelled: candidate {winner} has passed.")
-        update_row(db, member.task_id, db.tables.tasks.task_id == member.task_id, lines=[said], **changes)
+        mine = [EventDraft(kind="status", message=said)]
+        update_row(db, member.task_id, db.tables.tasks.task_id == member.task_id, lines=mine, **changes)
     return lines
 
 
