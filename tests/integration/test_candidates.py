@@ -213,3 +213,22 @@ def test_losers_need_a_verify_command_that_may_also_be_the_repositorys_own(world
         assert submit(client, repository=None, cancel_losers=True)["best_of"] == 2
         # What a remote one says is not known before it is fetched.
         assert submit(client, repository="https://github.com/example/x", cancel_losers=True)["best_of"] == 2
+
+
+def test_what_a_parent_was_verified_by_is_run_once_more_on_the_best_result_by_one_task(world: World) -> None:
+    app = world.app()
+    with world.client() as client:
+        parent = submit(client, verify="true")["task_id"]
+        first, second = candidates(client, parent)
+        end(app.store, first, Verdict.FAILED)
+        claim = app.store.tasks.claim(second, worker="w", lease_s=60)
+        assert claim is not None
+        bundle = b"# v2 git bundle\n" + b"a" * 40 + f" refs/heads/{claim.task.branch}\n\nPACK".encode()
+        app.store.blobs.put(second, "result", bundle, attempt=claim.attempt)
+        app.store.tasks.finish(second, claim.attempt, status=TaskStatus.COMPLETED, verdict=Verdict.PASSED)
+        again = client.call("verify_task", task_id=parent)
+        assert (again["best_of"], again["candidate"], again["parent_task_id"]) == (None, None, parent)
+        started = app.store.blobs.get(LOCAL_ACCOUNT, again["task_id"], "start")
+        assert started == with_ref(bundle, again["branch"])
+        assert len(client.call("get_task", task_id=parent)["candidates"]) == 2
+        assert app.store.tasks.claim(again["task_id"], worker="w", lease_s=60) is not None
