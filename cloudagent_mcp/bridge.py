@@ -19,6 +19,7 @@ from cloudagent_mcp.app import App, composed
 from cloudagent_mcp.hand_over import for_server
 from cloudagent_mcp.operations import Caller, Operation, check_arguments
 from cloudagent_mcp.operations.credentials import arguments_of
+from cloudagent_mcp.operations.tasks import changed
 from cloudagent_mcp.remote_server import RemoteServer
 from cloudagent_mcp.settings import Settings
 from cloudagent_mcp.untrusted import clean, cut
@@ -122,7 +123,7 @@ class RemoteOperation(Operation):
         """In steps; what the status was at first decides what a change is."""
         started, before = time.monotonic(), await self._ask({**given, "wait_seconds": 0})
         found = before
-        while not found.status.terminal and found.status is before.status:
+        while not found.status.terminal and not changed(before, found):
             left = seconds - (time.monotonic() - started)
             if left <= 0:
                 break

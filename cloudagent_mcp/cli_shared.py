@@ -58,6 +58,10 @@ def task_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _listed(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [part.strip() for part in value.split(",")]
+
+
 TASK_OPTIONS = (
     click.option(
         "--repository", help="https, ssh or git@ address, a folder, or none. Default: the repository you are in."
@@ -65,6 +69,10 @@ TASK_OPTIONS = (
     click.option("--base-ref", help="Branch, tag or commit to start from. Default: your working tree as it is."),
     click.option("--title", help="A short name."),
     click.option("--model", help="Model for the agent."),
+    click.option("--best-of", type=click.IntRange(1, 8), help="So many independent tries; the best one counts."),
+    click.option("--models", metavar="A,B", callback=_listed, help="Models for the tries, in turn; else one for each."),
+    click.option("--providers", metavar="A,B", callback=_listed, help="The same for where their sandboxes come from."),
+    click.option("--cancel-losers", is_flag=True, default=None, help="Cancel the other tries once one has passed."),
     click.option("--verify", help="Shell command that passes if the result is right; run in a clean checkout."),
     click.option("--retries", type=int, help="How often a failing verify goes back to the agent (0)."),
     click.option("--setup", help="Shell command that is run in the repository before the agent."),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cloudagent_mcp.client import Client
 
 task_id = click.argument("task_id", metavar="TASK")
+candidate = click.option("--candidate", type=click.IntRange(1), metavar="K", help="Which candidate. Default: the best.")
 
 
 @click.group()
@@ -86,6 +87,7 @@ def create(
 @click.option("--repository")
 @click.option("--tag")
 @click.option("--schedule", "schedule_id", help="Only those that this schedule submitted.")
+@click.option("--candidates", is_flag=True, default=None, help="With the candidates of other tasks.")
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
 @click.option("--cursor", help="next_cursor of the list before.")
 @as_json
@@ -176,11 +178,13 @@ def wait(task_ids: tuple[str, ...], any_: bool, timeout: float | None, as_json: 
 @click.option("--path", help="Only this file, or this folder.")
 @click.option("--stat", "stat_only", is_flag=True, help="Only the list of files.")
 @click.option("--lines", "numbered", is_flag=True, help="With the numbers by which `ca task comment` names lines.")
+@candidate
 @as_json
-def diff(task_id: str, path: str | None, stat_only: bool, numbered: bool, as_json: bool) -> None:
+def diff(task_id: str, path: str | None, stat_only: bool, numbered: bool, candidate: int | None, as_json: bool) -> None:
     """Show what a task changed. In a pipe it is a patch."""
+    wanted = {"path": path, "stat_only": stat_only, **given({"candidate": candidate})}
     with client() as api:
-        found = api.call("get_task_diff", task_id=api.resolve(task_id), path=path, stat_only=stat_only)
+        found = api.call("get_task_diff", task_id=api.resolve(task_id), **wanted)
     print_answer(found, as_json, "show_numbered" if numbered and not stat_only else "show_diff")
 
 
@@ -269,6 +273,7 @@ def places(command: Callable[..., None]) -> Callable[..., None]:
 @places
 @click.option("--squash", is_flag=True, help="As one commit of that branch.")
 @click.option("--allow-sensitive", multiple=True, metavar="FILE", help="A file that can make a machine execute things.")
+@candidate
 @as_json
 def apply_(
     task_ids: tuple[str, ...],
@@ -276,6 +281,7 @@ def apply_(
     branch: str | None,
     worktree: str | None,
     allow_sensitive: tuple[str, ...],
+    candidate: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -290,9 +296,11 @@ def apply_(
             raise click.UsageError(
                 "Several are applied to the files alone, and what comes of one is only known once the former is."
             )
+        if candidate is not None:
+            raise click.UsageError("Of several tasks, name candidates by their own ids.")
         sys.exit(_apply_in_order(task_ids, arguments, as_json))
     with client() as api:
-        done = api.apply(api.resolve(first), **options, **where, **arguments)
+        done = api.apply(api.resolve(first), **options, **where, **arguments, **given({"candidate": candidate}))
     print_answer(done, as_json, "show_applied")
 
 
@@ -321,11 +329,12 @@ def undo(task_id: str, directory: Path | None, branch: str | None, worktree: str
 @task_id
 @directory
 @click.option("--run", is_flag=True, help="Start `claude` with it at once.")
+@candidate
 @as_json
-def resume(task_id: str, directory: Path | None, run: bool, as_json: bool) -> None:
+def resume(task_id: str, directory: Path | None, run: bool, candidate: int | None, as_json: bool) -> None:
     """Bring a task's conversation home, to go on with it in Claude Code on this machine."""
     with client() as api:
-        done = api.resume(api.resolve(task_id), (directory or Path()).absolute())
+        done = api.resume(api.resolve(task_id), (directory or Path()).absolute(), candidate)
     if run and not as_json:
         import os
 

@@ -22,6 +22,7 @@ from cloudagent_mcp.operations.schedules import Schedules
 from cloudagent_mcp.operations.tasks import Tasks
 from cloudagent_mcp.operations.verification import Verification
 from cloudagent_mcp.remote_server import RemoteServer
+from cloudagent_mcp.session_home import SessionHome
 from cloudagent_mcp.settings import Settings
 from cloudagent_storage import errors
 from cloudagent_storage.records import ID_LENGTH
@@ -48,7 +49,7 @@ class Client(Protocol):
         """`apply_tasks` on this machine, wherever the tasks are kept."""
         ...
 
-    def resume(self, task_id: str, directory: Path) -> dict[str, Any]:
+    def resume(self, task_id: str, directory: Path, candidate: int | None = None) -> dict[str, Any]:
         """Put a task's session where this machine's Claude Code finds it. Raises errors under `SessionRefused`."""
         ...
 
@@ -126,8 +127,10 @@ class LocalClient:
     def apply_in_order(self, task_ids: Sequence[str], **arguments: Any) -> dict[str, Any]:
         return self.call("apply_tasks", task_ids=list(task_ids), **arguments)
 
-    def resume(self, task_id: str, directory: Path) -> dict[str, Any]:
-        home = self._app.sessions.bring_home(self._app.local_caller(), task_id, directory)
+    def resume(self, task_id: str, directory: Path, candidate: int | None = None) -> dict[str, Any]:
+        caller = self._app.local_caller()
+        task = self._app.store.candidates.choose(caller.account_id, task_id, candidate)
+        home = self._app.sessions.bring_home(caller, task.task_id, directory)
         return home.model_dump(mode="json")
 
     def resolve(self, prefix: str) -> str:
@@ -194,8 +197,12 @@ class HttpClient:
             self._portal.call(bridge.server.close)
         return done.model_dump(mode="json")
 
-    def resume(self, task_id: str, directory: Path) -> dict[str, Any]:
-        return self._wait_for(lambda: self._server.resume_task(task_id, directory)).model_dump(mode="json")
+    def resume(self, task_id: str, directory: Path, candidate: int | None = None) -> dict[str, Any]:
+        async def resume() -> SessionHome:
+            task = await self._server.candidate(MARKS, task_id, candidate)
+            return await self._server.resume_task(task["task_id"], directory)
+
+        return self._wait_for(resume).model_dump(mode="json")
 
     def resolve(self, prefix: str) -> str:
         bare = prefix.removeprefix("task_")
@@ -203,8 +210,13 @@ class HttpClient:
             return f"task_{bare}"
         found: set[str] = set()
         cursor: str | None = None
+        with_candidates: dict[str, bool] = {"candidates": True}
         for _ in range(PAGES_SEARCHED):
-            page = self.call("list_tasks", limit=100, cursor=cursor)
+            try:
+                page = self.call("list_tasks", limit=100, cursor=cursor, **with_candidates)
+            except errors.ServerOutdated:  # it knows of no candidates
+                with_candidates = {}
+                page = self.call("list_tasks", limit=100, cursor=cursor)
             found |= {task["task_id"] for task in page["tasks"] if task["task_id"][5:].startswith(bare)}
             if (cursor := page["next_cursor"]) is None:
                 break

@@ -8,7 +8,8 @@ from typing import Any
 from mcp.types import PromptReference, ResourceTemplateReference
 
 from cloudagent_mcp.operations import Caller, Operation
-from cloudagent_storage.records import ScheduleList, TaskPage
+from cloudagent_storage.records import TaskPage
+from cloudagent_storage.schedule import ScheduleList
 
 MAX = 100
 """The protocol allows no more values in one answer."""

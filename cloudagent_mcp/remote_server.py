@@ -5,6 +5,7 @@ The one place that speaks to it: `ca` and the bridge both stand on this.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ import httpx2
 
 from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Marked, in_thread
-from cloudagent_mcp.operations.results import Applied, destination_of, session_folder
+from cloudagent_mcp.operations.results import Applied, destination_of, session_folder, undo_one_of
 from cloudagent_mcp.operations.tasks import WAIT_MAX_S
 from cloudagent_mcp.rest import repr_digest
 from cloudagent_mcp.session_home import SessionHome, bring_home
@@ -120,16 +121,10 @@ class RemoteServer:
         wanted = destination_of(folder, **where, squash=bool(arguments.get("squash")), title="")
         folder = folder / (arguments.get("directory") or ".")
         if arguments.get("undo"):
-            done = await in_thread(
-                lambda: apply.undo(
-                    folder,
-                    task_id=task_id,
-                    state_folder=self._state_folder,
-                    destination=wanted if any(where.values()) else None,
-                )
-            )
-            return Applied.model_validate({"task_id": task_id, **done.model_dump()})
-        task = await self.call("get_task", marks["get_task"], {"task_id": task_id, "log_lines": 0})
+            given = wanted if any(where.values()) else None
+            return await self._undone(folder, marks, task_id, arguments.get("candidate"), given)
+        task = await self.candidate(marks, task_id, arguments.get("candidate"))
+        task_id = task["task_id"]
         if task["completed_at"] is None:
             raise errors.NotReady()
         result, given = await self._bundle(task_id, "result"), await self._bundle(task_id, "input")
@@ -159,8 +154,61 @@ class RemoteServer:
             return done.model_copy(update={"session_refused": error.code})
         return await in_thread(lambda: done.with_session(lambda: self._bring_home(session, task_id, home)))
 
+    async def candidate(self, marks: Mapping[str, Marked], task_id: str, candidate: int | None = None) -> Any:
+        """The task whose result is meant: that candidate of it, the best one where none is named, or itself.
+
+        Raises `NotReady` and `OutOfRange`, as the server would.
+        """
+        task = await self._task(marks, task_id)
+        if candidate is None and not task.get("best_of"):
+            return task
+        if candidate is None:
+            if (best := task["best"]) is None:
+                raise errors.NotReady("Which of its candidates is the best shows when all have ended.")
+            named = [best["task_id"]]
+        else:
+            table = task.get("candidates") or ()
+            named = [found["task_id"] for found in table if found["candidate"] == candidate]
+        if not named:
+            raise errors.OutOfRange("The task has no candidate of that number.", field="candidate")
+        return await self._task(marks, named[0])
+
+    async def _undone(
+        self,
+        folder: Path,
+        marks: Mapping[str, Marked],
+        task_id: str,
+        candidate: int | None,
+        destination: apply.Destination | None,
+    ) -> Applied:
+        """Take back what of a task is applied; the server is only asked where that may be a candidate of it."""
+
+        async def undo(names: Sequence[str]) -> Applied:
+            name, done = await in_thread(
+                lambda: undo_one_of(names, folder, state_folder=self._state_folder, destination=destination)
+            )
+            return Applied.model_validate({"task_id": name, **done.model_dump()})
+
+        if candidate is not None:
+            return await undo([(await self.candidate(marks, task_id, candidate))["task_id"]])
+        try:
+            return await undo([task_id])
+        except errors.NothingToUndo:
+            table: Sequence[Mapping[str, Any]] = ()
+            with contextlib.suppress(errors.CloudAgentError):
+                table = (await self._task(marks, task_id)).get("candidates") or ()
+            if not table:
+                raise
+            return await undo([found["task_id"] for found in table])
+
+    async def _task(self, marks: Mapping[str, Marked], task_id: str) -> Any:
+        return await self.call("get_task", marks["get_task"], {"task_id": task_id, "log_lines": 0})
+
     async def resume_task(self, task_id: str, directory: Path) -> SessionHome:
-        """A task's session, put where this machine's Claude Code finds it. Raises errors under `SessionRefused`."""
+        """A task's session, put where this machine's Claude Code finds it. Raises errors under `SessionRefused`.
+
+        Of a candidate, by its own id.
+        """
         session = await self._session(task_id)
         return await in_thread(lambda: self._bring_home(session, task_id, directory))
 

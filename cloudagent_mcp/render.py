@@ -130,9 +130,40 @@ def show_task(task: dict[str, Any]) -> None:
         when = place["starts_in_seconds"]
         when = "nobody can tell when" if when is None else f"about {_duration(when)} from now" if when else "at once"
         console.print(f"  [dim]{'queue':<10}[/] number {place['position']}, {when}; waits for {place['waiting_for']}")
+    if candidates := task.get("candidates"):
+        show_candidates(candidates)
     for line in task.get("log") or ():
         console.print(f"  [dim]{_safe(line)}[/]")
     console.print(f"[dim]Next:[/] {_safe(_next(task, artifacts))}")
+
+
+def show_candidates(candidates: list[dict[str, Any]]) -> None:
+    """How the tries at one prompt compare, the best first; in a pipe, tabs between the columns."""
+    names = ("rank", "candidate", "task", "status", "verdict", "changes", "cost", "model", "provider")
+    rows = [
+        (
+            Text(str(found["rank"] or "-")),
+            Text(str(found["candidate"])),
+            Text(_short(found), "bold"),
+            _status(found),
+            _verdict(found),
+            Text(_changes(found) if found["files_changed"] else "none" if found["rank"] else ""),
+            Text(f"${found['cost_usd']:.4f}"),
+            Text(clean(found["model"] or "")),
+            Text(clean(found["provider"] or "")),
+        )
+        for found in candidates
+    ]
+    if not console.is_terminal:
+        for row in [names, *((cell.plain for cell in row) for row in rows)]:
+            print("  " + "\t".join(row))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _next(task: dict[str, Any], artifacts: dict[str, Any]) -> str:
@@ -140,11 +171,14 @@ def _next(task: dict[str, Any], artifacts: dict[str, Any]) -> str:
     name = _short(task)
     if task.get("asked"):
         return _answer_with(task)
+    if task.get("asking"):
+        return ", ".join(_answer_with({"task_id": candidate}) for candidate in task["asking"])
     if not task["completed_at"]:
         return f"ca task watch {name}"
     steps = [task["error"]["remedy"]] if task["error"] else []
     if artifacts.get("files_changed"):
         steps += [f"ca task diff {name}", f"ca task apply {name}"]
+        steps += ["--candidate K takes another than the best"] if task.get("best") else []
     elif task["error"]:
         steps.append(f"ca task logs {name}")
     return ", ".join(steps) or "nothing; no file was changed"
@@ -177,7 +211,7 @@ def show_commented(task: dict[str, Any], *, hint: bool = True) -> None:
 def show_questions(found: dict[str, Any]) -> None:
     """Every open question, and how to answer it."""
     for question in found["questions"]:
-        console.print(Text.assemble((_short(question), "bold"), "  ", clean(question["title"])))
+        console.print(Text.assemble((_short(question), "bold"), "  ", clean(_title(question))))
         show_question(question["question"], question)
         console.print(f"  [dim]Answer with[/] {_answer_with(question)}")
     if not found["questions"]:
@@ -305,7 +339,7 @@ def show_queue(queue: dict[str, Any]) -> None:
             else "held"
             if task["lease_until"]
             else "given back",
-            task["title"][:50],
+            _title(task),
         )
         for task in queue["running"]
     ]
@@ -459,6 +493,12 @@ def _sandbox_cost(usage: dict[str, Any]) -> str | None:
     # A server of an earlier version did not count it.
     cost = usage.get("sandbox_cost_usd")
     return f"{'cost not known' if cost is None else f'${cost:.4f}'}, {_duration(usage['sandbox_seconds'])}"
+
+
+def _title(task: dict[str, Any]) -> str:
+    """With which candidate it is, where it is one."""
+    candidate = task.get("candidate")
+    return task["title"][:50] + (f" (candidate {candidate})" if candidate else "")
 
 
 def _short(task: dict[str, Any]) -> str:

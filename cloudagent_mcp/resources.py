@@ -17,7 +17,8 @@ from cloudagent_mcp.operations.diffs import Diff
 from cloudagent_mcp.tools import shown
 from cloudagent_mcp.untrusted import clean, cut, fence
 from cloudagent_storage.errors import NoChanges, NotReady
-from cloudagent_storage.records import LogPage, Schedule, ScheduleList, Task, TaskPage
+from cloudagent_storage.records import LogPage, Task, TaskPage
+from cloudagent_storage.schedule import Schedule, ScheduleList
 
 LISTED = 50
 """How many of the newest tasks a list of resources names; list_tasks has them all."""

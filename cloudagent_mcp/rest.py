@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, cast, get_origin
 
@@ -57,8 +58,8 @@ ALIASES = {"repository_url": "repository"}
 def make_routes(
     operations: Iterable[Operation],
     caller: Callable[[Request], Caller],
-    bundle: Callable[[Caller, str, Any], bytes | None],
-    session: Callable[[Caller, str], bytes],
+    bundle: Callable[[Caller, str, Any, int | None], bytes | None],
+    session: Callable[[Caller, str, int | None], bytes],
 ) -> list[Route]:
     """A route for every operation that has one, and the downloads of a task's bundles and session.
 
@@ -86,14 +87,17 @@ def _route(operation: Operation, caller: Callable[[Request], Caller]) -> Route:
     return Route(operation.marked.path, endpoint, methods=[operation.marked.method], name=operation.name)
 
 
-def _bundle_route(caller: Callable[[Request], Caller], bundle: Callable[[Caller, str, Any], bytes | None]) -> Route:
+def _bundle_route(
+    caller: Callable[[Request], Caller], bundle: Callable[[Caller, str, Any, int | None], bytes | None]
+) -> Route:
     async def endpoint(request: Request) -> Response:
         try:
             who = caller(request)
             kind = request.query_params.get("kind", "result")
             if kind not in ("input", "result"):
                 raise OutOfRange("kind must be input or result.", field="kind")
-            data = await in_thread(lambda: bundle(who, request.path_params["task_id"], kind))
+            candidate = _candidate(request)
+            data = await in_thread(lambda: bundle(who, request.path_params["task_id"], kind, candidate))
         except CloudAgentError as error:
             return problem(error)
         if data is None:
@@ -103,16 +107,27 @@ def _bundle_route(caller: Callable[[Request], Caller], bundle: Callable[[Caller,
     return Route("/tasks/{task_id}/bundle", endpoint, methods=["GET"], name="get_task_bundle")
 
 
-def _session_route(caller: Callable[[Request], Caller], session: Callable[[Caller, str], bytes]) -> Route:
+def _session_route(caller: Callable[[Request], Caller], session: Callable[[Caller, str, int | None], bytes]) -> Route:
     async def endpoint(request: Request) -> Response:
         try:
             who = caller(request)
-            data = await in_thread(lambda: session(who, request.path_params["task_id"]))
+            candidate = _candidate(request)
+            data = await in_thread(lambda: session(who, request.path_params["task_id"], candidate))
         except CloudAgentError as error:
             return problem(error)
         return Response(data, media_type="application/json", headers={"Repr-Digest": repr_digest(data)})
 
     return Route("/tasks/{task_id}/session", endpoint, methods=["GET"], name="get_task_session")
+
+
+def _candidate(request: Request) -> int | None:
+    """Which of a task's candidates a download is of. Raises `WrongType`."""
+    given = request.query_params.get("candidate")
+    if given is None:
+        return None
+    if not re.fullmatch("[0-9]{1,3}", given):
+        raise WrongType("candidate must be a whole number.", field="candidate")
+    return int(given)
 
 
 def repr_digest(data: bytes) -> str:

@@ -78,6 +78,8 @@ class Rule(_Scripted):
 
     prompt: str
     """A regular expression, searched in the newest prompt."""
+    model: str = ""
+    """One that is searched in the name of the model that is asked for."""
     turns: tuple[Turn, ...]
 
 
@@ -129,7 +131,12 @@ class ScriptedModel:
         """The turn that answers this request, the fault to meet instead if any, and the placeholders' values."""
         prompt, index, values = _read_conversation(body)
         rules = self.script.rules
-        number = next((n for n, rule in enumerate(rules) if re.search(rule.prompt, prompt, re.DOTALL)), None)
+        asked = str(body.get("model", ""))
+
+        def matches(rule: Rule) -> bool:
+            return bool(re.search(rule.prompt, prompt, re.DOTALL) and re.search(rule.model, asked))
+
+        number = next((n for n, rule in enumerate(rules) if matches(rule)), None)
         if number is None:
             return self.script.default, None, values
         turns = rules[number].turns

@@ -34,7 +34,8 @@ from cloudagent_mcp.operations import Caller, in_thread
 from cloudagent_mcp.resources import Address
 from cloudagent_mcp.tasks_extension import RequestContext, TaskNotification, TasksExtension, require_tasks
 from cloudagent_storage.errors import Internal, ScheduleNotFound, Unavailable
-from cloudagent_storage.records import Schedule, TaskHead
+from cloudagent_storage.records import TaskHead
+from cloudagent_storage.schedule import Schedule
 from cloudagent_storage.store import Store
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from cloudagent_mcp.operations.results import Applied
 from cloudagent_mcp.operations.tasks import TaskList
 from cloudagent_mcp.untrusted import clean, cut, fence
 from cloudagent_storage.errors import CloudAgentError, Internal
-from cloudagent_storage.records import LogPage, Record, ScheduleList, TaskPage
+from cloudagent_storage.records import LogPage, Record, TaskPage
+from cloudagent_storage.schedule import ScheduleList
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ TEXT_ANSWERS = (LogPage, Diff)
 ONLY_REST = {
     "submit_task": ("session",),
     "get_task_logs": ("raw", "tail"),
-    "list_tasks": ("offset",),
+    "list_tasks": ("offset", "candidates"),
     "comment_task": ("message",),
 }
 """Arguments that models are not told of."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cloudagent_mcp.operations import Caller, operation
 from cloudagent_storage.errors import Forbidden
-from cloudagent_storage.records import Overview
+from cloudagent_storage.overview import Overview
 
 if TYPE_CHECKING:
     from cloudagent_storage.store import Store

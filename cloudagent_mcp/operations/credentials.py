@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from cloudagent_mcp.operations import Caller
 from cloudagent_queue.agents import Agent
 from cloudagent_storage.errors import CredentialMissing
-from cloudagent_storage.records import bound_for_git
-
-if TYPE_CHECKING:
-    from cloudagent_storage.secrets import Keyring
 
 GITHUB_VARIABLES = ("GH_TOKEN", "GITHUB_TOKEN")
 """Where its user's tools look for a token, in the order in which GitHub's own does."""
@@ -58,11 +53,6 @@ def arguments_of(environment: Mapping[str, str]) -> dict[str, str]:
     token = next((given[name] for name in GITHUB_VARIABLES if given[name]), "")
     found = {"anthropic_api_key": given["ANTHROPIC_API_KEY"], "github_token": token}
     return {name: value for name, value in found.items() if value}
-
-
-def sealed_for_git(keyring: Callable[[], Keyring], task_id: str, tokens: Mapping[str, str]) -> bytes | None:
-    """The tokens as a task keeps them; None where there are none."""
-    return keyring().seal(json.dumps(dict(tokens)).encode(), bound_to=bound_for_git(task_id)) if tokens else None
 
 
 def _suffices(agent: Agent, environment: dict[str, str]) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,11 +16,14 @@ from cloudagent_mcp.operations.diffs import Diff, parse_diff
 from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.tasks import TaskId
 from cloudagent_mcp.session_home import SessionHome
-from cloudagent_storage.errors import CloudAgentError, NoChanges, NotReady, TargetNotAllowed, TaskExpired
-from cloudagent_storage.records import Task
+from cloudagent_storage.errors import CloudAgentError, NoChanges, NothingToUndo, NotReady, TargetNotAllowed, TaskExpired
+from cloudagent_storage.records import MAX_CANDIDATES, Task
 
 if TYPE_CHECKING:
     from cloudagent_storage.store import Store
+
+
+Candidate = Annotated[int | None, Field(ge=1, le=MAX_CANDIDATES, description="Default: the best.")]
 
 
 class Applied(apply.ApplyOutcome):
@@ -54,6 +59,17 @@ class Applied(apply.ApplyOutcome):
             return self.model_copy(update={"session_refused": error.code})
 
 
+def undo_one_of(
+    task_ids: Sequence[str], folder: Path, *, state_folder: Path, destination: apply.Destination | None
+) -> tuple[str, apply.ApplyOutcome]:
+    """Take back the one of these tasks that is applied in a folder, and say which. Raises what `apply.undo` raises."""
+    undo = functools.partial(apply.undo, folder, state_folder=state_folder, destination=destination)
+    for task_id in task_ids[:-1]:
+        with contextlib.suppress(NothingToUndo):
+            return task_id, undo(task_id=task_id)
+    return task_ids[-1], undo(task_id=task_ids[-1])
+
+
 class Results:
     """Read results, and bring them home."""
 
@@ -75,10 +91,11 @@ class Results:
         task_id: TaskId,
         path: Annotated[str | None, Field(max_length=4096, description="Only this file, or this folder.")] = None,
         stat_only: Annotated[bool, Field(description="Only the list of files.")] = False,
+        candidate: Candidate = None,
     ) -> Diff:
         """What a task changed, as a unified diff with its list of files. Also of a failed or cancelled task."""
-        task = self._store.tasks.get(caller.account_id, task_id)
-        text = self._store.blobs.get(caller.account_id, task_id, "diff")
+        task = self._store.candidates.choose(caller.account_id, task_id, candidate)
+        text = self._store.blobs.get(caller.account_id, task.task_id, "diff")
         if text is None:
             if not task.status.terminal:
                 raise NotReady()
@@ -109,28 +126,28 @@ class Results:
         branch: Annotated[str | None, Field(max_length=250)] = None,
         path: Annotated[str | None, Field(max_length=4096, description="The new worktree's.")] = None,
         squash: bool = False,
+        candidate: Candidate = None,
     ) -> Applied:
         """Write a task's changes into a working tree: all or nothing, never over changes of your own, with a backup.
 
         Where files changed on both sides nothing is written and they are named. `onto` a branch, or a worktree that is
-        made on one, your files stay as they are.
+        made on one, your files stay as they are. Of a task with candidates the best is applied where none is named, and
+        whichever is applied is taken back.
         """
-        task = self._store.tasks.get(caller.account_id, task_id)
+        if undo and caller.local:
+            given = {"onto": onto, "branch": branch, "path": path}
+            return self._undone(caller, task_id, candidate, directory, given)
+        task = self._store.candidates.choose(caller.account_id, task_id, candidate)
+        task_id = task.task_id
         if task.expired_at is not None and not undo:
             raise TaskExpired()
         if not caller.local:
             return self._instructions(task, onto)
-        result = b"" if undo else self._result_of(caller, task)
+        result = self._result_of(caller, task)
         if caller.folder is None:
             raise TargetNotAllowed()
         folder = caller.folder / (directory or ".")
         wanted = destination_of(caller.folder, onto=onto, branch=branch, path=path, squash=squash, title=task.title)
-        about = task.model_dump(mode="json")
-        if undo:
-            given = None if onto is None and branch is None and path is None else wanted
-            return Applied.of(
-                about, apply.undo(folder, task_id=task_id, state_folder=self._state_folder, destination=given)
-            )
         outcome = apply.apply(
             folder,
             task_id=task_id,
@@ -144,17 +161,36 @@ class Results:
             destination=wanted,
             preview=preview,
         )
-        done = Applied.of(about, outcome)
+        done = Applied.of(task.model_dump(mode="json"), outcome)
         if (home := session_folder(done, folder)) is None:
             return done
         return done.with_session(lambda: self._sessions.bring_home(caller, task_id, home))
 
-    def bundle(self, caller: Caller, task_id: str, kind: Literal["input", "result"]) -> bytes | None:
+    def bundle(
+        self, caller: Caller, task_id: str, kind: Literal["input", "result"], candidate: int | None = None
+    ) -> bytes | None:
         """A task's git bundle, for a client that applies it elsewhere. None where `input` has none."""
-        task = self._store.tasks.get(caller.account_id, task_id)
+        task = self._store.candidates.choose(caller.account_id, task_id, candidate)
         if kind == "result":
             return self._result_of(caller, task)
-        return self._store.blobs.get(caller.account_id, task_id, "input")
+        return self._store.blobs.get(caller.account_id, task.task_id, "input")
+
+    def _undone(
+        self, caller: Caller, task_id: str, candidate: int | None, directory: str | None, place: Mapping[str, Any]
+    ) -> Applied:
+        """Take back what of a task is applied, be it one of its candidates; `place` is where, as far as it was said."""
+        task = self._store.candidates.choose(caller.account_id, task_id, candidate) if candidate else None
+        task = task or self._store.tasks.get(caller.account_id, task_id)
+        if caller.folder is None:
+            raise TargetNotAllowed()
+        tried = () if candidate else self._store.candidates.of(caller.account_id, task_id)
+        name, outcome = undo_one_of(
+            [task.task_id, *(found.task_id for found in tried)],
+            caller.folder / (directory or "."),
+            state_folder=self._state_folder,
+            destination=destination_of(caller.folder, **place, squash=False, title="") if any(place.values()) else None,
+        )
+        return Applied.of({**task.model_dump(mode="json"), "task_id": name}, outcome)
 
     def _result_of(self, caller: Caller, task: Task) -> bytes:
         if not task.status.terminal:

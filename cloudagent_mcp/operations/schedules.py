@@ -12,21 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, create_model
 
 from cloudagent_mcp.operations import Caller, Operation, check_arguments, operation
+from cloudagent_mcp.operations.candidates import check_losers
 from cloudagent_mcp.operations.credentials import Credentials
 from cloudagent_mcp.operations.submission import Allowed, check_task, find_source, title_of
 from cloudagent_queue.agents import open_agent
 from cloudagent_queue.cron import Cron
 from cloudagent_queue.schedules import overdue, run_now
 from cloudagent_storage.errors import CredentialMissing, InvalidInput, NeverFires
-from cloudagent_storage.records import (
-    MAX_SCHEDULES,
-    HeldSchedule,
-    Schedule,
-    ScheduleList,
-    ScheduleRun,
-    TaskSpec,
-    new_id,
-)
+from cloudagent_storage.records import TaskSpec, new_id
+from cloudagent_storage.schedule import MAX_SCHEDULES, HeldSchedule, Schedule, ScheduleList, ScheduleRun
 
 if TYPE_CHECKING:
     from cloudagent_storage.secrets import Keyring
@@ -175,6 +169,7 @@ class Schedules:
             asked = check_arguments(self._task_arguments, task)
             spec = check_task(asked, self._allowed, own_user=caller.local)
             source = find_source(caller, asked["repository"], asked["base_ref"])
+            check_losers(spec, source)
         except InvalidInput as error:
             error.field = "task" if error.field is None else f"task.{error.field}"
             raise

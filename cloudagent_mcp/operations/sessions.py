@@ -40,9 +40,12 @@ class Sessions:
         self._store = store
         self._keyring = keyring
 
-    def session(self, caller: Caller, task_id: str) -> bytes:
-        """A task's session as it was collected: untrusted. Raises what `earlier` raises."""
-        self._ended(caller, task_id)
+    def session(self, caller: Caller, task_id: str, candidate: int | None = None) -> bytes:
+        """A task's session as it was collected, or its best or that candidate's: untrusted.
+
+        Raises what `earlier` raises.
+        """
+        task_id = self._ended(caller, task_id, candidate).task_id
         sealed = self._store().blobs.get(caller.account_id, task_id, "session")
         if sealed is None:
             raise NoSession()
@@ -56,9 +59,11 @@ class Sessions:
     def earlier(self, caller: Caller, task_id: str, *, for_task: str) -> Earlier:
         """What the task of the id `for_task` is to start with, to go on from another's branch and conversation.
 
+        Of one with candidates the best is gone on from.
         Raises `TaskNotFound`, `TaskExpired`, `NotReady`, and errors under `SessionRefused`.
         """
         task, store = self._ended(caller, task_id), self._store()
+        task_id = task.task_id
         blobs: dict[BlobKind, bytes] = {
             "conversation": self._sealed(caller, for_task, without_costs(self.session(caller, task_id)))
         }
@@ -77,7 +82,8 @@ class Sessions:
         blobs: dict[BlobKind, bytes] = {}
         account_id = caller.account_id
         if (sealed := self._store().blobs.get(account_id, task_id, "conversation")) is not None:
-            session = unseal(self._keyring(), sealed, account_id=account_id, task_id=task_id)
+            owner = self._store().tasks.get(account_id, task_id).submitted_as
+            session = unseal(self._keyring(), sealed, account_id=account_id, task_id=owner)
             blobs["conversation"] = self._sealed(caller, for_task, session)
         if (start := self._store().blobs.get(account_id, task_id, "start")) is not None:
             blobs["start"] = with_ref(start, branch_name(for_task))
@@ -100,8 +106,8 @@ class Sessions:
     def _sealed(self, caller: Caller, task_id: str, session: bytes) -> bytes:
         return seal(self._keyring(), session, account_id=caller.account_id, task_id=task_id, attempt=0)
 
-    def _ended(self, caller: Caller, task_id: str) -> Task:
-        task = self._store().tasks.get(caller.account_id, task_id)
+    def _ended(self, caller: Caller, task_id: str, candidate: int | None = None) -> Task:
+        task = self._store().candidates.choose(caller.account_id, task_id, candidate)
         if not task.status.terminal:
             raise NotReady()
         return task

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloudagent_mcp.operations import Caller
+from cloudagent_mcp.operations.candidates import several
 from cloudagent_mcp.untrusted import clean
 from cloudagent_queue import repository
 from cloudagent_queue.allowed_hosts import WhoMayAsk, check_asked
@@ -59,16 +60,18 @@ def check_task(asked: Mapping[str, Any], allowed: Allowed, *, own_user: bool) ->
         "tags": tuple(asked["tags"]),
         "egress": check_asked(asked["egress"], allowed.egress, own_user=own_user),
         "repository": "none",
+        **several(asked, allowed.providers),
     }
     return TaskSpec.model_validate({**asked, **chosen})
 
 
 def going_on(asked: Mapping[str, Any], earlier: TaskSpec) -> dict[str, Any]:
     """The arguments for a task that goes on from another one: of what is left out, what stays as it was."""
+    each = {"model": asked["models"], "provider": asked["providers"]}
     stays = {
         name: getattr(earlier, name)
         for name in ("model", "provider", "verify", "retries", "setup")
-        if asked[name] is None
+        if asked[name] is None and not each.get(name)
     }
     return {**asked, **stays, "base_ref": earlier.base_ref, "egress": asked["egress"] or list(earlier.egress)}
 

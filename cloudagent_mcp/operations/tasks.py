@@ -7,35 +7,40 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, WithJsonSchema
 
 from cloudagent_mcp.checked import what_was_checked
 from cloudagent_mcp.operations import Caller, in_thread, operation
-from cloudagent_mcp.operations.credentials import Credentials, sealed_for_git, secret
+from cloudagent_mcp.operations.candidates import check_losers
+from cloudagent_mcp.operations.credentials import Credentials, secret
 from cloudagent_mcp.operations.overlaps import warned
 from cloudagent_mcp.operations.sessions import Sessions
 from cloudagent_mcp.operations.submission import Allowed, check_task, find_source, going_on
 from cloudagent_mcp.operations.waiting import brief_line, wait_for
 from cloudagent_mcp.session_home import PACKED_MAX
 from cloudagent_queue.agents import open_agent
+from cloudagent_queue.candidates import Sealing
 from cloudagent_queue.repository import upload_in
 from cloudagent_storage.errors import NotReady, StartGiven
+from cloudagent_storage.overview import Place
 from cloudagent_storage.records import (
+    MAX_CANDIDATES,
     RETRIES_MAX,
     Asked,
     BlobKind,
+    Candidate,
     EventDraft,
     EventKind,
     Idempotency,
     Level,
     LogPage,
     OnInterrupt,
-    Place,
     Record,
     Task,
     TaskPage,
+    TaskSpec,
     TaskStatus,
     new_id,
 )
@@ -67,6 +72,8 @@ class TaskDetail(Task):
     """A task with the last lines of its log."""
 
     log: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    """Compared: those that have ended, the best first, then the others."""
     queue: Place | None = None
     """Where it stands in the queue, while it is in it."""
     updated_at: datetime | None = None
@@ -140,6 +147,12 @@ class Tasks:
             str | None, Field(max_length=200, description="A short name. Default: the prompt's first line.")
         ] = None,
         model: Annotated[str | None, Field(min_length=1, max_length=100)] = None,
+        best_of: Annotated[
+            int | None, Field(ge=1, le=MAX_CANDIDATES, description="Independent tries; the best counts.")
+        ] = None,
+        models: Annotated[list[str], Field(max_length=MAX_CANDIDATES, description="For the tries in turn.")] = [],  # noqa: B006
+        providers: Annotated[list[str], Field(max_length=MAX_CANDIDATES)] = [],  # noqa: B006
+        cancel_losers: Annotated[bool, Field(description="Once one passed.")] = False,
         verify: Annotated[
             str | None,
             Field(
@@ -187,7 +200,8 @@ class Tasks:
         Raises every error under InvalidInput, CredentialMissing and DatabaseUnavailable (StorageFull among them), and,
         to go on from another task, TaskNotFound, TaskExpired, NotReady and SessionRefused; nothing is kept then.
         """
-        asked = {
+        several = {"best_of": best_of, "models": models, "providers": providers, "cancel_losers": cancel_losers}
+        basic = {
             "prompt": prompt,
             "repository": repository,
             "base_ref": base_ref,
@@ -205,6 +219,7 @@ class Tasks:
             "tags": tags,
             "priority": priority,
         }
+        asked = {**basic, **several}
         spec = check_task(asked, self._allowed, own_user=caller.local)
         environment = self._credentials.for_agent(caller, open_agent(spec.agent), anthropic_api_key)
         tokens = self._credentials.for_git(caller, github_token)
@@ -213,8 +228,10 @@ class Tasks:
             # Without the credentials: the same submit may be repeated with fresh ones. Nor does it matter which upload
             # it is, as it does not matter what is in a folder by then.
             place = "upload" if repository and upload_in(repository) else repository
-            said = [*{**asked, "repository": place}.values()]
+            said = [*{**basic, "repository": place}.values()]
+            # What there was not in earlier versions is left out where it is not asked for.
             said += [each for each in (continue_task_id, session) if each is not None]
+            said += [several] if any(several.values()) else []
             digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
             idempotency = Idempotency(key=idempotency_key, digest=digest)
             if (before := self._store.tasks.replay(caller.account_id, idempotency)) is not None:
@@ -234,24 +251,24 @@ class Tasks:
             earlier = self._sessions.earlier(caller, continue_task_id, for_task=task_id)
             spec = check_task(going_on(asked, earlier.spec), self._allowed, own_user=caller.local)
             source, conversation = earlier.source, earlier.blobs
-
+        check_losers(spec, source)
+        spec = spec.model_copy(update={"repository": source.repository})
         task = self._store.tasks.add(
             caller.account_id,
-            spec.model_copy(update={"repository": source.repository}),
+            spec,
             task_id=task_id,
             base_sha=source.base_sha,
             config=source.config,
             manifests=source.manifests,
             source_key=source.key,
-            credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=task_id),
-            git_credentials=sealed_for_git(self._keyring, task_id, tokens),
+            **self._sealed(spec, task_id, environment, tokens),
             blobs={**({"input": source.bundle} if source.bundle is not None else {}), **conversation},
             lines=[EventDraft(kind="status", message="Queued."), *source.warnings],
             idempotency=idempotency,
             parent_task_id=continue_task_id,
         )
         # Also for a task that another submit with the same key has added meanwhile: its caller may be dead by now.
-        self._ring(task.task_id)
+        self._ring_for(caller.account_id, task)
         return Submitted.model_validate({**dict(advise(task)), "replayed": task.task_id != task_id})
 
     @operation("GET", "/tasks/{task_id}", title="Look at a task", read_only=True, idempotent=True)
@@ -270,8 +287,8 @@ class Tasks:
         detail = await self._in_thread(self._detail_of, caller.account_id, task_id, log_lines)
         if not wait_seconds or detail.status.terminal:
             return detail
-        before = detail.status
-        await wait_for(self._open_store, caller, [task_id], lambda tasks: tasks[0].status is not before, wait_seconds)
+        before = detail
+        await wait_for(self._open_store, caller, [task_id], lambda tasks: changed(before, tasks[0]), wait_seconds)
         return await self._in_thread(self._detail_of, caller.account_id, task_id, log_lines)
 
     @operation("POST", "/tasks/wait", title="Wait for tasks", read_only=True, idempotent=True)
@@ -294,6 +311,7 @@ class Tasks:
             """Also when an agent has begun to ask something: what waits for an answer ends no sooner."""
             nonlocal asked
             asking = {(task.task_id, task.asked.question_id) for task in found if task.asked is not None}
+            asking |= {(task.task_id, candidate) for task in found for candidate in task.asking}
             asked = asking if asked is None else asked & asking
             return finished(found) or not asking <= asked
 
@@ -313,6 +331,7 @@ class Tasks:
         limit: Limit = 20,
         cursor: Annotated[str | None, Field(max_length=500, description="next_cursor of the list before.")] = None,
         offset: Annotated[int, Field(ge=0, le=1_000_000)] = 0,
+        candidates: Annotated[bool, Field(description="With the candidates of other tasks; only in REST.")] = False,
     ) -> TaskPage:
         """Your tasks, newest first."""
         page = self._store.tasks.list(
@@ -321,6 +340,7 @@ class Tasks:
             repository=repository,
             tag=tag,
             schedule_id=schedule_id,
+            candidates=candidates,
             limit=limit,
             cursor=cursor,
             offset=offset,
@@ -347,6 +367,7 @@ class Tasks:
         config, manifests = self._store.tasks.settings(caller.account_id, task_id)
         environment = self._credentials.for_agent(caller, open_agent(spec.agent), None)
         again = new_id("task")
+        origin = self._store.tasks.get(caller.account_id, earlier.submitted_as)
         task = self._store.tasks.add(
             caller.account_id,
             spec,
@@ -356,14 +377,13 @@ class Tasks:
             config=config if bundle is not None else None,
             manifests=manifests if bundle is not None else None,
             source_key=self._store.tasks.source_key(caller.account_id, task_id),
-            credentials=self._keyring().seal(json.dumps(environment).encode(), bound_to=again),
-            git_credentials=sealed_for_git(self._keyring, again, self._credentials.for_git(caller, None)),
+            **self._sealed(spec, again, environment, self._credentials.for_git(caller, None)),
             blobs={**({"input": bundle} if bundle is not None else {}), **self._sessions.again(caller, task_id, again)},
             lines=[EventDraft(kind="status", message=f"Queued, to try {task_id} once more.")],
             retry_of=task_id,
-            parent_task_id=earlier.parent_task_id,
+            parent_task_id=origin.parent_task_id,
         )
-        self._ring(task.task_id)
+        self._ring_for(caller.account_id, task)
         return advise(task)
 
     @operation("GET", "/tasks/{task_id}/logs", title="Read a task's log", read_only=True, idempotent=True)
@@ -399,6 +419,9 @@ class Tasks:
     def _detail_of(self, account_id: str, task_id: str, log_lines: int) -> TaskDetail:
         store = self._store
         task = store.tasks.get(account_id, task_id)
+        candidates = store.candidates.of(account_id, task_id) if task.best_of is not None else ()
+        if candidates and not task.status.terminal:
+            task = task.model_copy(update={"usage": store.candidates.usage(account_id, task_id)})
         lines = store.events.tail(account_id, task_id, log_lines).lines if log_lines else ()
         place = None
         if task.status is TaskStatus.QUEUED:
@@ -407,6 +430,7 @@ class Tasks:
         return TaskDetail(
             **dict(advised),
             log=tuple(map(brief_line, lines)),
+            candidates=tuple(candidates),
             queue=place,
             updated_at=lines[-1].timestamp if lines else None,
         )
@@ -416,6 +440,21 @@ class Tasks:
 
     # -- shared ---------------------------------------------------------------------------------------------------
 
+    def _sealed(
+        self, spec: TaskSpec, task_id: str, environment: Mapping[str, str], tokens: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """A task's credentials as they are kept; where it has candidates, those have them, and it has none itself."""
+        sealing = Sealing(self._keyring(), environment, tokens)
+        if candidates := sealing.candidates(spec):
+            return {"candidates": candidates}
+        return {"credentials": sealing.for_agent(task_id), "git_credentials": sealing.for_git(task_id)}
+
+    def _ring_for(self, account_id: str, task: Task) -> None:
+        """Ring for a task, or for each of its candidates."""
+        candidates = () if task.best_of is None else self._store.candidates.of(account_id, task.task_id)
+        for task_id in [candidate.task_id for candidate in candidates] or [task.task_id]:
+            self._ring(task_id)
+
     @staticmethod
     def _in_thread(function: Callable[..., T], *arguments: object) -> Awaitable[T]:
         return in_thread(lambda: function(*arguments))
@@ -423,9 +462,14 @@ class Tasks:
 
 def advise(task: Task) -> Task:
     """The task with what to do next, and when to look again."""
+    which = "" if task.best is None else f" Candidate {task.best.candidate} is the best of {task.best_of};"
+    which += " candidate=K names another, and get_task compares them." if which else ""
     match task.status:
         case _ if task.expired_at is not None:
             step, pause = "Its log, diff and bundles were pruned; submit it again if they are wanted.", None
+        case TaskStatus.RUNNING if task.asking:
+            asks = f"An agent asks something in {', '.join(task.asking)}"
+            step, pause = f"{asks}: see list_pending_questions, and answer there with send_message.", 5.0
         case TaskStatus.QUEUED | TaskStatus.RUNNING:
             step, pause = f"Wait with get_task(task_id={task.task_id!r}, wait_seconds=50).", 5.0
         case TaskStatus.WAITING:
@@ -434,14 +478,19 @@ def advise(task: Task) -> Task:
             step, pause = f"Nothing is to be applied: it was only verified, and the verdict is {task.verdict}.", None
         case TaskStatus.COMPLETED if task.result is None or not _changed(task):
             checked = f"{_checked(task)} " if task.verdict != "unverified" else ""
-            step, pause = f"{checked}No file was changed; the agent's answer is in result.summary.", None
+            step, pause = f"{checked}No file was changed; the agent's answer is in result.summary.{which}", None
         case TaskStatus.COMPLETED:
-            step, pause = f"{_checked(task)} Look at get_task_diff, then apply_task.", None
+            step, pause = f"{_checked(task)} Look at get_task_diff, then apply_task.{which}", None
         case _:
             saved = " What it had done is in get_task_diff; nothing has checked it." if _changed(task) else ""
             remedy = task.error.remedy if task.error else ""
-            step, pause = f"{remedy} Read get_task_logs.{saved}".strip(), None
+            step, pause = f"{remedy} Read get_task_logs.{saved}{which}".strip(), None
     return task.model_copy(update={"next_action": step, "poll_after_seconds": pause})
+
+
+def changed(before: Task, now: Task) -> bool:
+    """Has that happened for which get_task is told to wait?"""
+    return now.status is not before.status or not set(now.asking) <= set(before.asking)
 
 
 def how_to_answer(task_id: str, asked: Asked | None) -> str:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from cloudagent_mcp.operations import Caller, operation
-from cloudagent_mcp.operations.credentials import Credentials, sealed_for_git
+from cloudagent_mcp.operations.credentials import Credentials
 from cloudagent_mcp.operations.submission import find_source
 from cloudagent_mcp.operations.tasks import Submitted, TaskId, advise
+from cloudagent_queue.candidates import Sealing
 from cloudagent_queue.repository import Source, is_remote, read_config, with_ref
 from cloudagent_storage.errors import NoChanges, NothingToVerifyBy, NotReady
 from cloudagent_storage.records import BlobKind, EventDraft, Idempotency, Task, TaskSpec, branch_name, new_id
@@ -56,7 +57,8 @@ class Verification:
         Raises `NothingToVerifyBy`, `NotReady`, `NoChanges`, `TaskExpired`, and what submit_task raises.
         """
         store, account_id = self._open_store(), caller.account_id
-        earlier, spec = store.tasks.get(account_id, task_id), store.tasks.spec(account_id, task_id)
+        earlier = store.candidates.choose(account_id, task_id)
+        spec = store.tasks.spec(account_id, earlier.task_id)
         if not earlier.status.terminal:
             raise NotReady()
         again, blobs = new_id("task"), dict[BlobKind, bytes]()
@@ -87,7 +89,7 @@ class Verification:
             base_sha=source.base_sha,
             config=source.config,
             manifests=source.manifests,
-            git_credentials=sealed_for_git(self._keyring, again, self._credentials.for_git(caller, None)),
+            git_credentials=Sealing(self._keyring(), {}, self._credentials.for_git(caller, None)).for_git(again),
             blobs=blobs,
             lines=[EventDraft(kind="status", message=f"Queued, to verify {task_id} once more."), *source.warnings],
             idempotency=idempotency,

@@ -386,7 +386,9 @@ class Placement:
 
     def start_bundle(self) -> bytes | None:
         """Where the branch stands before its agent has done anything: a result of the task that it goes on from."""
-        return self.kept("start")
+        start = self.kept("start")
+        # It may be on the branch of the parent, with which it is kept.
+        return None if start is None else repository.with_ref(start, self.claim.task.branch)
 
     def sealed(self, session: bytes) -> bytes:
         """What an agent said, without secrets, and marked as this task's."""
@@ -402,8 +404,9 @@ class Placement:
         """What an agent said before, for the next one. One that nobody here has sealed is left alone."""
         if (sealed := self.kept(kind)) is None:
             return None
+        owner = self.task_id if kind == "session" else self.claim.task.submitted_as
         try:
-            return unseal(self.worker.keyring, sealed, account_id=self.claim.account_id, task_id=self.task_id)
+            return unseal(self.worker.keyring, sealed, account_id=self.claim.account_id, task_id=owner)
         except SessionRefused as error:
             self.note(f"The agent starts without the earlier conversation: {error.message}", level=Level.WARNING)
             return None

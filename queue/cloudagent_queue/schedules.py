@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cloudagent_queue import repository
 from cloudagent_queue.agents import open_agent
+from cloudagent_queue.candidates import Sealing
 from cloudagent_queue.cron import Cron
 from cloudagent_storage.errors import (
     CloudAgentError,
@@ -18,15 +19,8 @@ from cloudagent_storage.errors import (
     DatabaseUnavailable,
     Internal,
 )
-from cloudagent_storage.records import (
-    EventDraft,
-    HeldSchedule,
-    ScheduleRun,
-    TaskDraft,
-    bound_for_git,
-    new_id,
-    not_ended,
-)
+from cloudagent_storage.records import EventDraft, TaskDraft, new_id
+from cloudagent_storage.schedule import HeldSchedule, ScheduleRun, not_ended
 
 if TYPE_CHECKING:
     from cloudagent_storage.secrets import Keyring
@@ -71,14 +65,15 @@ def run_now(
     while True:
         held = store.schedules.hold(account_id, schedule_id)
         try:
-            run = store.schedules.submit(held, _draft(keyring, held), at_once=True)
+            draft = _draft(keyring, held)
+            run = store.schedules.submit(held, draft, at_once=True)
         except DatabaseUnavailable:
             raise
         except CloudAgentError as error:
             store.schedules.refuse_now(held, _text(error))
             raise
         if run is not None and run.task_id is not None:
-            ring(run.task_id)
+            _ring_for(draft, ring)
             return run
 
 
@@ -98,7 +93,8 @@ def _answer(store: Store, keyring: Keyring, ring: Callable[[str], None], held: H
             reason = not_ended(held.unfinished_task_id)
             schedules.pass_over(held, [held.due_at], "skipped", reason, next_due_at=next_due_at)
             return
-        run = schedules.submit(held, _draft(keyring, held), next_due_at=next_due_at)
+        draft = _draft(keyring, held)
+        run = schedules.submit(held, draft, next_due_at=next_due_at)
     except DatabaseUnavailable:
         raise
     except Exception as error:
@@ -111,7 +107,7 @@ def _answer(store: Store, keyring: Keyring, ring: Callable[[str], None], held: H
         return
     if run is not None and run.task_id is not None:
         log.info("%s submitted %s", schedule_id, run.task_id)
-        ring(run.task_id)
+        _ring_for(draft, ring)
 
 
 def overdue(store: Store, held: HeldSchedule) -> list[datetime] | None:
@@ -142,11 +138,14 @@ def _missed(first: datetime, until: datetime, times: Iterator[datetime]) -> tupl
 def _draft(keyring: Keyring, held: HeldSchedule) -> TaskDraft:
     """The task that is to be submitted, with its folder as it is now. Raises what a submit raises."""
     schedule, task_id = held.schedule, new_id("task")
+    spec = schedule.task
     if held.credentials is None:
         raise CredentialMissing()
     kept = json.loads(keyring.open(held.credentials, bound_to=schedule.schedule_id))
-    open_agent(schedule.task.agent).check_credential(kept["agent"])
-    source = repository.read_source(schedule.task.repository, schedule.task.base_ref)
+    open_agent(spec.agent).check_credential(kept["agent"])
+    source = repository.read_source(spec.repository, spec.base_ref)
+    sealing = Sealing(keyring, kept["agent"], kept["git"])
+    candidates = sealing.candidates(spec)
     queued = EventDraft(kind="status", message=f"Queued by the schedule {schedule.name}.")
     return TaskDraft(
         task_id=task_id,
@@ -155,12 +154,16 @@ def _draft(keyring: Keyring, held: HeldSchedule) -> TaskDraft:
         config=source.config,
         manifests=source.manifests,
         source_key=source.key,
-        credentials=keyring.seal(json.dumps(kept["agent"]).encode(), bound_to=task_id),
-        git_credentials=keyring.seal(json.dumps(kept["git"]).encode(), bound_to=bound_for_git(task_id))
-        if kept["git"]
-        else None,
+        credentials=None if candidates else sealing.for_agent(task_id),
+        git_credentials=None if candidates else sealing.for_git(task_id),
+        candidates=candidates,
         lines=(queued, *source.warnings),
     )
+
+
+def _ring_for(draft: TaskDraft, ring: Callable[[str], None]) -> None:
+    for task_id in [candidate.task_id for candidate in draft.candidates] or [draft.task_id]:
+        ring(task_id)
 
 
 def _text(error: CloudAgentError) -> str:

@@ -75,6 +75,7 @@ def sweep_forever(
     duties: list[Callable[[], object]] = [
         # First, so that no queue and no sandbox provider that hangs makes a schedule late.
         functools.partial(fire_due, store, keyring, ring),
+        store.candidates.settle,
         functools.partial(ring_again, store, queue, timers),
         *(lambda open=open: kill_orphans(store, open(), deployment=deployment) for open in providers),
         age,

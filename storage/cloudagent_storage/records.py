@@ -18,8 +18,8 @@ LOCAL_ACCOUNT = "local"
 """The one account of a single-user installation."""
 
 
-MAX_SCHEDULES = 100
-"""Per account."""
+MAX_CANDIDATES = 8
+"""Of one task."""
 
 
 def new_id(prefix: Literal["task", "sch", "key", "upl", "msg", "sbx"]) -> str:
@@ -172,6 +172,13 @@ class TaskSpec(Record):
     priority: Priority = Priority.NORMAL
     egress: tuple[str, ...] = ()
     """Hosts that its sandbox may reach beside those that the operator allows."""
+    best_of: int | None = None
+    """How many candidates try it; None where it is tried by itself."""
+    models: tuple[str, ...] = ()
+    """The candidates' models and providers, which they take in turn."""
+    providers: tuple[str, ...] = ()
+    cancel_losers: bool = False
+    """Are the others cancelled as soon as one has passed?"""
 
 
 class Idempotency(Record):
@@ -268,6 +275,31 @@ class Overlap(Record):
     """Untrusted names, in order."""
 
 
+class Candidate(Record):
+    """One of several independent tries at the same prompt, as they are compared."""
+
+    candidate: int
+    task_id: str
+    rank: int | None = None
+    """1 is the best of those that have ended; None until then."""
+    status: TaskStatus
+    verdict: Verdict | None = None
+    model: str | None = None
+    provider: str | None = None
+    files_changed: int = 0
+    insertions: int = 0
+    deletions: int = 0
+    cost_usd: float = 0.0
+    """What its model has cost so far."""
+
+
+class Best(Record):
+    """The candidate whose result is its parent's."""
+
+    candidate: int
+    task_id: str
+
+
 class Task(Record):
     """One prompt for one agent on one repository: what users see of it. Absent is null, never missing."""
 
@@ -291,6 +323,15 @@ class Task(Record):
     retries_used: int = 0
     """How often its agent has gone on since `verify` had failed."""
     parent_task_id: str | None = None
+    """Of a candidate its parent; else the task that this one goes on from."""
+    candidate: int | None = None
+    """Which of its parent's candidates it is, from 1."""
+    best_of: int | None = None
+    """How many candidates it has. What it brought back is the best one's; it cost what all have cost."""
+    best: Best | None = None
+    """The best of them, once all have ended."""
+    asking: tuple[str, ...] = ()
+    """Those of its candidates that wait for an answer, where a single task is looked at."""
     retry_of: str | None = None
     """The task that this one tries once more."""
     schedule_id: str | None = None
@@ -309,6 +350,11 @@ class Task(Record):
     """Others that are under way and touch the same files, as far as is known while they are."""
     next_action: str | None = None
     poll_after_seconds: float | None = None
+
+    @property
+    def submitted_as(self) -> str:
+        """Under whose id that is kept which it was submitted with: a candidate shares what its parent has."""
+        return self.task_id if self.candidate is None or self.parent_task_id is None else self.parent_task_id
 
 
 class TaskHead(Record):
@@ -376,6 +422,7 @@ class PendingQuestion(Asked):
     """A question of an agent that nobody has answered."""
 
     task_id: str
+    candidate: int | None = None
     title: str
     question: str
     """Untrusted text."""
@@ -427,66 +474,14 @@ class Claim(Record):
     cancel_requested: bool
 
 
-class Place(Record):
-    """Where a queued task stands, as far as can be told in this moment."""
-
-    position: int
-    """1 is taken next."""
-    waiting_for: str
-    """What keeps it from being taken."""
-    starts_in_seconds: float | None
-    """An estimate from how long the last tasks took; null when there is nothing to estimate from."""
-
-
-class WorkerInfo(Record):
-    """A worker process, as it has last reported."""
-
-    name: str
-    place: str
-    version: str
-    concurrency: int
-    running: int
-    """How many tasks it holds."""
-    started_at: datetime
-    seen_at: datetime
-    swept_at: datetime | None
-    """When its sweeper last went through to the end."""
-
-
-class Waiting(Record):
-    """What one account waits for and has running."""
-
-    account_id: str
-    queued: int
-    running: int
-    oldest_at: datetime | None
-    """When the oldest task that waits was submitted."""
-
-
-class Running(Record):
-    """A task that has begun and not ended."""
+class CandidateDraft(Record):
+    """One of the candidates with which a task is submitted."""
 
     task_id: str
-    account_id: str
-    title: str
-    phase: Phase | None
-    attempt: int
-    worker: str | None
-    """None while no worker has it: the last one gave it back."""
-    lease_until: datetime | None
-    lost_leases: int
-    started_at: datetime | None
-
-
-class Overview(Record):
-    """The whole installation in one moment, for whoever operates it."""
-
-    accounts: tuple[Waiting, ...]
-    running: tuple[Running, ...]
-    workers: tuple[WorkerInfo, ...]
-    dead_letters: tuple[Task, ...]
-    """The newest tasks that ended as poisoned."""
-    last_sweep_at: datetime | None
+    spec: TaskSpec
+    credentials: bytes | None = None
+    """Sealed and bound to the candidate's id, as those of any task."""
+    git_credentials: bytes | None = None
 
 
 class TaskDraft(Record):
@@ -504,67 +499,8 @@ class TaskDraft(Record):
     """Sealed and bound to the task's id."""
     git_credentials: bytes | None = None
     """Sealed as well, see `bound_for_git`."""
+    candidates: tuple[CandidateDraft, ...] = ()
     lines: tuple[EventDraft, ...] = ()
-
-
-RunOutcome = Literal["submitted", "skipped", "missed"]
-
-
-class ScheduleRun(Record):
-    """What became of one due time of a schedule. Each has one, whatever happened."""
-
-    due_at: datetime
-    outcome: RunOutcome
-    reason: str | None = None
-    """Why no task was submitted."""
-    task_id: str | None = None
-    created_at: datetime
-
-
-def not_ended(task_id: str) -> str:
-    """Why a due time is skipped while an earlier task goes on."""
-    return f"The task before, {task_id}, had not ended."
-
-
-class Schedule(Record):
-    """A cron line that submits a task."""
-
-    schedule_id: str
-    name: str
-    cron: str
-    timezone: str
-    enabled: bool
-    task: TaskSpec
-    """What is submitted. A folder is read whenever the schedule is due."""
-    created_at: datetime
-    updated_at: datetime
-    next_due_at: tuple[datetime, ...] = ()
-    """The next due times, soonest first; none while it is paused."""
-    last_runs: tuple[ScheduleRun, ...] = ()
-    """The newest due times and what became of them, newest first."""
-
-
-class ScheduleList(Record):
-    """An account's schedules, oldest first."""
-
-    schedules: tuple[Schedule, ...]
-    total: int
-
-
-class HeldSchedule(Record):
-    """A schedule as whoever fires or changes it needs it. `revision` is the fence: a change raises it."""
-
-    schedule: Schedule
-    account_id: str
-    revision: int
-    due_at: datetime | None
-    """The due time that nobody has answered yet; it may lie ahead."""
-    seen_at: datetime
-    """When all this was read, by the database's clock."""
-    credentials: bytes | None
-    """Sealed and bound to the schedule's id (see secrets.py)."""
-    unfinished_task_id: str | None
-    """A task of this schedule that has not ended."""
 
 
 class Upload(Record):

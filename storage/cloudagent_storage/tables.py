@@ -165,6 +165,12 @@ class TaskRow(Model):
     """The files that its agent has changed or meant to, and at its end those that it did change; null for none."""
     kept_bytes = BigIntegerField(null=True)
     """What its log and blobs take up, measured once after its end; 0 when they are deleted."""
+    candidate = IntegerField(null=True)
+    """Which of its parent's candidates it is, from 1; null for what is none, whatever `parent_task_id` says."""
+    best_of = IntegerField(null=True)
+    """How many candidates it has: it is their parent, and no worker takes it."""
+    best = Json(null=True)
+    """The best of them, once all have ended: its number and id."""
 
     class Meta:
         indexes = (
@@ -174,6 +180,7 @@ class TaskRow(Model):
             (("account_id", "idempotency_key"), True),
             (("schedule_id", "status"), False),
             (("expired_at", "kept_bytes"), False),
+            (("parent_task_id", "candidate"), False),
         )
 
 

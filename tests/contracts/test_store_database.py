@@ -18,7 +18,7 @@ from playhouse.schema_diff import diff_models  # pyright: ignore[reportMissingTy
 from cloudagent_storage.errors import CloudAgentError, DatabaseUnavailable
 from cloudagent_storage.records import LOCAL_ACCOUNT
 from cloudagent_storage.store import PATIENT, Store, database
-from cloudagent_storage.store.row import change_held
+from cloudagent_storage.store.change import change_held
 from tests.support.postgres import PostgresServer
 from tests.support.stored import EXPIRED, claimed, in_processes, line, messages, queued
 

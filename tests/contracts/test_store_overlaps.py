@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from cloudagent_storage.errors import LeaseLost
-from cloudagent_storage.records import LOCAL_ACCOUNT, Claim, Overlap, TaskSpec, TaskStatus
+from cloudagent_storage.records import LOCAL_ACCOUNT, CandidateDraft, Claim, Overlap, TaskSpec, TaskStatus, new_id
 from cloudagent_storage.store import Store
 from tests.support.stored import EXPIRED, claimed, line, queued
 
@@ -76,10 +76,23 @@ def test_what_another_account_or_repository_touches_meets_nothing(store: Store) 
     assert met(store, *unknown) == {}
 
 
-def test_tries_of_the_same_and_a_task_that_goes_on_from_another_do_not_meet(store: Store) -> None:
-    parent = working(store, "calc.py")
-    tries = [working(store, "calc.py", parent=parent.task.task_id) for _ in range(2)]
-    assert met(store, parent, *tries) == {}
+def test_candidates_of_one_task_do_not_meet_each_other(store: Store) -> None:
+    drafts = [CandidateDraft(task_id=new_id("task"), spec=SPEC, credentials=b"sealed") for _ in range(2)]
+    store.tasks.add(LOCAL_ACCOUNT, SPEC, source_key="root", candidates=drafts)
+    tries = [claimed(store, draft.task_id) for draft in drafts]
+    for claim in tries:
+        touch(store, claim, "calc.py")
+    assert met(store, *tries) == {}
+    other = working(store, "calc.py")
+    assert {len(overlaps) for overlaps in met(store, *tries).values()} == {1} and len(met(store, other)) == 1
+
+
+def test_a_task_and_those_that_go_on_from_it_do_not_meet_but_those_do_meet_each_other(store: Store) -> None:
+    first = working(store, "calc.py")
+    one = working(store, "calc.py", parent=first.task.task_id)
+    assert met(store, first, one) == {}
+    other = working(store, "calc.py", parent=first.task.task_id)
+    assert met(store, one) == {one.task.task_id: [Overlap(task_id=other.task.task_id, files=("calc.py",))]}
 
 
 def test_a_queued_task_touches_nothing(store: Store) -> None:

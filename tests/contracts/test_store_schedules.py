@@ -16,7 +16,8 @@ import pytest
 from cloudagent_queue import schedules
 from cloudagent_queue.schedules import NO_WORKER, fire_due, overdue, run_now
 from cloudagent_storage.errors import CredentialMissing, DatabaseUnavailable, LimitReached, ScheduleNotFound
-from cloudagent_storage.records import LOCAL_ACCOUNT, MAX_SCHEDULES, Schedule, ScheduleRun, TaskSpec, TaskStatus, new_id
+from cloudagent_storage.records import LOCAL_ACCOUNT, TaskSpec, TaskStatus, new_id
+from cloudagent_storage.schedule import MAX_SCHEDULES, Schedule, ScheduleRun
 from cloudagent_storage.secrets import Keyring
 from cloudagent_storage.store import ScheduleChanges, Store, retention
 from cloudagent_storage.store.schedules import CHANGED_BEFORE

@@ -78,6 +78,19 @@ TABLE: list[Case] = [
     submit(25, "wrong_type", max_turns=1.5),
     submit(26, "out_of_range", model=""),
     submit(26, "out_of_range", model="m" * 101),
+    *(submit(26, "out_of_range", best_of=value) for value in (0, -1, 9)),
+    submit(26, "wrong_type", best_of="3"),
+    submit(26, "wrong_type", best_of=1.5),
+    submit(26, "out_of_range", models=["m"] * 9),
+    submit(26, "out_of_range", models=["canary", " "]),
+    submit(26, "out_of_range", models=["m" * 101]),
+    submit(26, "wrong_type", models="canary"),
+    submit(26, "out_of_range", best_of=2, models=["canary", "b", "c"]),
+    submit(26, "invalid_input", model="canary", models=["a", "b"]),
+    submit(26, "invalid_input", provider="local", providers=["local"]),
+    submit(26, "unknown_provider", providers=["canary"]),
+    submit(26, "invalid_input", cancel_losers=True, verify="true"),
+    submit(26, "invalid_input", cancel_losers=True, best_of=2, repository="none"),
     submit(30, "idempotency_mismatch", prompt="other", idempotency_key="taken"),
     submit(31, "out_of_range", idempotency_key=""),
     submit(31, "out_of_range", idempotency_key="k" * 300),
@@ -115,6 +128,11 @@ TABLE: list[Case] = [
     (45, "comment_task", {"task_id": "<cancelled>", "comments": [{"file": "canary", "text": "x"}]}, "no_changes"),
     (10, "comment_task", {"task_id": "<queued>", "comments": [{"file": "x"}]}, "missing_argument"),
     (7, "comment_task", {"task_id": "<queued>", "comments": [{"file": "x", "canary": "y"}]}, "missing_argument"),
+    *(
+        (34, tool, {"task_id": "<queued>", "candidate": value}, code)
+        for tool in ("get_task_diff", "apply_task")
+        for value, code in ((0, "out_of_range"), (9, "out_of_range"), ("1", "wrong_type"), (1, "invalid_input"))
+    ),
     *(cron(53, line, "invalid_cron") for line in ("", "60 * * * *", "* * * *", "*/0 * * * *", "canary", "* " * 2500)),
     cron(54, "0 0 30 2 *", "never_fires"),
     cron(54, "@hourly", "invalid_cron"),

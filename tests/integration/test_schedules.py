@@ -22,7 +22,8 @@ from cloudagent_queue.lease import Timers
 from cloudagent_queue.sweep import Kept, sweep_forever
 from cloudagent_queue.task_queue import TaskQueue
 from cloudagent_storage import errors
-from cloudagent_storage.records import LOCAL_ACCOUNT, MAX_SCHEDULES
+from cloudagent_storage.records import LOCAL_ACCOUNT
+from cloudagent_storage.schedule import MAX_SCHEDULES
 from tests.support.scheduled import due_now, scheduled
 from tests.support.worlds import World, until
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.mutant import BACKLOG, LOG, PROCESSES, QUEUE, STORE, TASKS, WORKERS, Mutant
+from tests.mutants.mutant import BACKLOG, CANDIDATES, LOG, PROCESSES, QUEUE, STORE, TASKS, WORKERS, Mutant
 
 MUTANTS = (
     # -- the fence -------------------------------------------------------------------------------------------------
@@ -240,5 +240,29 @@ MUTANTS = (
         "where(rows.task_id == task_id, rows.account_id == account_id)",
         "where(rows.task_id == task_id)",
         (f"{TASKS}::test_an_id_of_another_account_looks_like_an_unknown_one",),
+    ),
+    # -- candidates -------------------------------------------------------------------------------------------------
+    Mutant(
+        "two_ends_at_once_do_not_see_each_other",
+        f"{STORE}/candidates.py",
+        "    parent = db.locked(rows.select().where(rows.task_id == row.parent_task_id)).first()\n",
+        "    parent = rows.select().where(rows.task_id == row.parent_task_id).first()\n",
+        (f"{CANDIDATES}::test_candidates_that_end_in_one_moment_end_their_parent_once[postgres-False-unverified]",),
+        fast=False,
+    ),
+    Mutant(
+        "a_loser_is_locked_after_its_parent",
+        f"{STORE}/tasks.py",
+        "            if verdict is Verdict.PASSED:\n                lock_siblings(self._db, task_id)\n",
+        "",
+        (f"{CANDIDATES}::test_candidates_that_end_in_one_moment_end_their_parent_once[postgres-True-passed]",),
+        fast=False,
+    ),
+    Mutant(
+        "a_worker_takes_a_parent",
+        f"{STORE}/backlog.py",
+        "rows.cancel_requested_at.is_null() & rows.best_of.is_null()",
+        "rows.cancel_requested_at.is_null()",
+        (f"{CANDIDATES}::test_no_worker_is_ever_given_a_parent[sqlite]",),
     ),
 )

@@ -343,7 +343,7 @@ class Installation:
         found: dict[str, Task] = {}
         cursor: str | None = None
         while True:
-            page = self.store.tasks.list(LOCAL_ACCOUNT, limit=100, cursor=cursor)
+            page = self.store.tasks.list(LOCAL_ACCOUNT, candidates=True, limit=100, cursor=cursor)
             found |= {task.task_id: task for task in page.tasks}
             if (cursor := page.next_cursor) is None:
                 return found

@@ -26,8 +26,10 @@ def wrong_with(installation: Installation, ended: Mapping[str, str]) -> list[str
     tasks = installation.tasks()
     wrong = [f"{task_id} was accepted and is lost" for task_id in installation.accepted if task_id not in tasks]
     for task in tasks.values():
-        found = [*_ending(task, ended.get(task.task_id, "completed")), *_log(installation, task)]
-        wrong += [f"{task.task_id}: {what}" for what in [*found, *_agent(installation, task)]]
+        found = [*_ending(task, ended.get(task.task_id, "completed"))]
+        # A parent of candidates has no agent, and tells of theirs.
+        found += _candidates(tasks, task) if task.best_of else [*_log(installation, task), *_agent(installation, task)]
+        wrong += [f"{task.task_id}: {what}" for what in found]
     wrong += [f"there is a process left over: {pid}, {command}" for pid, command in leftover_processes(installation)]
     for host in sorted(installation.hosts):
         sandboxes = installation.home(host) / "sandboxes"
@@ -60,6 +62,17 @@ def _ending(task: Task, expected: str) -> Iterator[str]:
         yield f"it should have ended as {expected} and did as {how}"
     if task.completed_at is None or task.phase is not None:
         yield "it has ended and does not look like it"
+
+
+def _candidates(tasks: Mapping[str, Task], parent: Task) -> Iterator[str]:
+    mine = [task for task in tasks.values() if task.parent_task_id == parent.task_id and task.candidate is not None]
+    if sorted(task.candidate or 0 for task in mine) != list(range(1, (parent.best_of or 0) + 1)):
+        yield f"it has the candidates {[task.candidate for task in mine]}"
+    if parent.status.terminal != all(task.status.terminal for task in mine):
+        yield f"it is {parent.status}, and its candidates are {[task.status for task in mine]}"
+    cost = sum(task.usage.cost_usd for task in mine)
+    if parent.status.terminal and abs(parent.usage.cost_usd - cost) > 1e-9:
+        yield f"it cost {parent.usage.cost_usd}, and its candidates {cost}"
 
 
 def _log(installation: Installation, task: Task) -> Iterator[str]:

@@ -7,7 +7,8 @@ import secrets
 from datetime import UTC, datetime, timedelta
 
 from cloudagent_queue.cron import Cron
-from cloudagent_storage.records import LOCAL_ACCOUNT, Schedule, TaskSpec, new_id
+from cloudagent_storage.records import LOCAL_ACCOUNT, TaskSpec, new_id
+from cloudagent_storage.schedule import Schedule
 from cloudagent_storage.secrets import Keyring
 from cloudagent_storage.store import Store
 

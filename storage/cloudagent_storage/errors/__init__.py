@@ -17,7 +17,7 @@
   x NotFound
     + TaskNotFound, ScheduleNotFound, KeyNotFound, UploadNotFound, AmbiguousId, NoRoute
   x NotNow                      right, but not in this state
-    + NotReady, TaskEnded, QuestionClosed, NoChanges, AlreadyApplied, NothingToUndo, Busy
+    + NotReady, TaskEnded, SeveralAgents, QuestionClosed, NoChanges, AlreadyApplied, NothingToUndo, Busy
     + TaskExpired, NothingToVerifyBy
     + ApplyRefused                a result is not written; with its outcome, and the files that it is about
       - ApplyConflict, PreviewOutdated

@@ -92,6 +92,14 @@ class TaskEnded(NotNow):
     remedy = "Submit a new task, or try this one once more with retry_task."
 
 
+class SeveralAgents(NotNow):
+    """That task has candidates, each with an agent of its own, and none itself."""
+
+    code = "several_agents"
+    remedy = "Send it to one of its candidates; get_task names them."
+    field = "task_id"
+
+
 class QuestionClosed(NotNow):
     """That question is not open any more: it was answered, given up, or its sandbox has died."""
 

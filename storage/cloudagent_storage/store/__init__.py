@@ -7,6 +7,7 @@ from datetime import datetime
 from cloudagent_storage.store.accounts import Accounts
 from cloudagent_storage.store.backlog import Backlog
 from cloudagent_storage.store.blobs import MAX_BLOB_BYTES, Blobs
+from cloudagent_storage.store.candidates import Candidates
 from cloudagent_storage.store.changes import Changes as Feed
 from cloudagent_storage.store.database import CONNECTIONS, Database
 from cloudagent_storage.store.events import Events
@@ -36,6 +37,7 @@ class Store:
         self._database = database
         self.accounts = Accounts(database)
         self.tasks = Tasks(database)
+        self.candidates = Candidates(database)
         self.events = Events(database)
         self.blobs = Blobs(database)
         self.messages = Messages(database)

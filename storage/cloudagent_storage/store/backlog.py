@@ -15,21 +15,19 @@ from typing import Any
 
 from peewee import Case, Expression, fn
 
+from cloudagent_storage.overview import Overview, Place, Running, Waiting
 from cloudagent_storage.records import (
     Claim,
     EventDraft,
     Level,
-    Overview,
     Phase,
-    Place,
-    Running,
     TaskError,
     TaskStatus,
     VerifyResult,
-    Waiting,
 )
+from cloudagent_storage.store.change import change
 from cloudagent_storage.store.database import Database
-from cloudagent_storage.store.row import ACTIVE, change, ended, find, spec_of, task_of
+from cloudagent_storage.store.row import ACTIVE, ended, find, spec_of, task_of
 from cloudagent_storage.store.workers import workers
 from cloudagent_storage.tables import TaskRow
 
@@ -65,11 +63,14 @@ class Backlog:
         A task whose sandbox is at another place is left to the workers there, until none of them was heard of for
         `patience_s`. No account gets more than `running_max` tasks at once.
         """
-        with self._db.writing():
-            while (task_id := self._begun(place, patience_s)) is not None:
+        while True:
+            # A transaction for each, too: one that ends as poisoned may be a candidate, and hold its parent's row.
+            with self._db.writing():
+                if (task_id := self._begun(place, patience_s)) is None:
+                    accounts = self._accounts(running_max)
+                    break
                 if (claim := take(self._db, task_id, worker=worker, lease_s=lease_s)) is not None:
                     return claim
-            accounts = self._accounts(running_max)
         for account_id in accounts:
             # A transaction for each: whoever held two accounts' rows could wait for whoever holds them in reverse.
             with self._db.writing():
@@ -85,11 +86,11 @@ class Backlog:
         rows = self._rows
         with self._db.reading():
             row = find(self._db, account_id, task_id)
-            if row.status != TaskStatus.QUEUED:
+            if row.status != TaskStatus.QUEUED or row.best_of is not None:
                 return None
             waiting = {found.account_id: found for found in self._waiting()}
             earlier = (rows.account_id == account_id) & _before(rows, row)
-            ahead = rows.select().where(rows.status == TaskStatus.QUEUED, earlier).count()
+            ahead = rows.select().where(rows.status == TaskStatus.QUEUED, rows.best_of.is_null(), earlier).count()
             alive = workers(self._db, within_s=ALIVE_S)
             typical = self._typical_s()
         mine = waiting.pop(account_id, None)
@@ -119,8 +120,9 @@ class Backlog:
         """Everything that waits, runs and went wrong."""
         rows = self._rows
         with self._db.reading():
-            active = rows.select().where(rows.status.in_(ACTIVE)).order_by(rows.started_at).limit(SHOWN)
-            dead = rows.select().where(rows.status == TaskStatus.FAILED, rows.error["code"] == POISONED.code)
+            runs = rows.best_of.is_null()
+            active = rows.select().where(rows.status.in_(ACTIVE), runs).order_by(rows.started_at).limit(SHOWN)
+            dead = rows.select().where(rows.status == TaskStatus.FAILED, runs, rows.error["code"] == POISONED.code)
             found = workers(self._db)
             swept = [worker.swept_at for worker in found if worker.swept_at is not None]
             return Overview(
@@ -154,7 +156,7 @@ class Backlog:
         return None if row is None else row.task_id
 
     def _ready(self) -> Expression:
-        return self._rows.not_before.is_null() | (self._rows.not_before <= self._db.now)
+        return is_for_workers(self._db)
 
     def _accounts(self, running_max: int | None) -> list[str]:
         """Whose task may be next: the account with the fewest running first."""
@@ -166,7 +168,8 @@ class Backlog:
         """Still, now that nobody else can claim for the account before this transaction ends?"""
         accounts, rows = self._db.tables.accounts, self._rows
         self._db.locked(accounts.select().where(accounts.account_id == account_id)).first()
-        running = rows.select().where(rows.account_id == account_id, rows.status.in_(ACTIVE)).count()
+        mine = (rows.account_id == account_id) & rows.best_of.is_null()
+        running = rows.select().where(mine, rows.status.in_(ACTIVE)).count()
         return running < running_max
 
     def _waiting(self) -> list[Waiting]:
@@ -178,7 +181,7 @@ class Backlog:
             fn.SUM(Case(None, [(queued, 1)], 0)),
             fn.SUM(Case(None, [(rows.status.in_(ACTIVE), 1)], 0)),
             fn.MIN(Case(None, [(queued, rows.created_at)], None)),
-        ).where(rows.status.in_([TaskStatus.QUEUED, *ACTIVE]))
+        ).where(rows.status.in_([TaskStatus.QUEUED, *ACTIVE]), rows.best_of.is_null())
         return [
             Waiting(
                 account_id=account_id, queued=count, running=running, oldest_at=rows.created_at.python_value(oldest)
@@ -192,6 +195,7 @@ class Backlog:
         """How long a task ran lately, from its first claim to its end."""
         rows = self._rows
         done = rows.status.in_([TaskStatus.COMPLETED, TaskStatus.FAILED]) & rows.started_at.is_null(False)
+        done &= rows.best_of.is_null()
         query = rows.select(rows.started_at, rows.completed_at).where(done, rows.completed_at.is_null(False))
         took = [
             (row.completed_at - row.started_at).total_seconds()
@@ -200,13 +204,19 @@ class Backlog:
         return statistics.median(took) if took else None
 
 
+def is_for_workers(db: Database) -> Expression:
+    """The tasks that a worker may be given now: not those with candidates, nor what is to be left alone for a while."""
+    rows = db.tables.tasks
+    return rows.best_of.is_null() & (rows.not_before.is_null() | (rows.not_before <= db.now))
+
+
 def take(db: Database, task_id: str, *, worker: str, lease_s: float) -> Claim | None:
     """Claim one task, within the caller's transaction; see `Tasks.claim`."""
     rows = db.tables.tasks
-    active = rows.status.in_(ACTIVE)
+    active = rows.status.in_(ACTIVE) & rows.best_of.is_null()
     released = active & rows.lease_until.is_null()
     expired = active & rows.lease_until.is_null(False) & (rows.lease_until < db.now)
-    queued = (rows.status == TaskStatus.QUEUED) & rows.cancel_requested_at.is_null()
+    queued = (rows.status == TaskStatus.QUEUED) & rows.cancel_requested_at.is_null() & rows.best_of.is_null()
     if change(
         db,
         task_id,
@@ -277,6 +287,7 @@ def _running(row: TaskRow) -> Running:
         task_id=row.task_id,
         account_id=row.account_id,
         title=spec_of(row).title,
+        candidate=row.candidate,
         phase=None if row.phase is None else Phase(row.phase),
         attempt=row.attempt,
         worker=row.owner,

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 
 from cloudagent_storage.errors import RepositoryTooLarge, TaskNotFound
 from cloudagent_storage.records import BlobKind
+from cloudagent_storage.store.change import change, change_held
 from cloudagent_storage.store.database import Database
-from cloudagent_storage.store.row import change, change_held, find_kept
+from cloudagent_storage.store.row import find_kept
 
 MAX_BLOB_BYTES = 200_000_000
 """The size that a blob may have, before it is compressed."""
+SHARED: tuple[BlobKind, ...] = ("input", "start", "conversation")
+"""What all candidates of a task begin with."""
 WRITES_WITHIN_S = 60.0
 """How long one may take to be written, also where people wait for the answer."""
 
@@ -64,11 +67,16 @@ class Blobs:
             rows.delete().where(rows.task_id == task_id, rows.kind.in_(kinds)).execute()
 
     def get(self, account_id: str, task_id: str, kind: BlobKind) -> bytes | None:
-        """A blob of an account's task, or None where there is none. Raises `TaskNotFound` and `TaskExpired`."""
-        rows = self._db.tables.blobs
+        """A blob of an account's task, or None where there is none. Raises `TaskNotFound` and `TaskExpired`.
+
+        What a candidate was submitted with is kept once, with its parent; see `Task.submitted_as`.
+        """
+        rows, tasks = self._db.tables.blobs, self._db.tables.tasks
         with self._db.reading():
-            find_kept(self._db, account_id, task_id)
+            task = find_kept(self._db, account_id, task_id, columns=[tasks.candidate, tasks.parent_task_id])
             row = rows.select(rows.data).where(rows.task_id == task_id, rows.kind == kind).first()
+            if row is None and task.candidate is not None and kind in SHARED:
+                row = rows.select(rows.data).where(rows.task_id == task.parent_task_id, rows.kind == kind).first()
             if row is None:
                 find_kept(self._db, account_id, task_id)  # it may have expired between the two
         return None if row is None else zlib.decompress(row.data)

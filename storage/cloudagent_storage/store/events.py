@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from cloudagent_storage.errors import TaskNotFound
 from cloudagent_storage.records import EventDraft, EventKind, Level, LogPage
+from cloudagent_storage.store.change import change, change_held
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.log import line_of
-from cloudagent_storage.store.row import change, change_held, find, find_kept
+from cloudagent_storage.store.row import find, find_kept
 
 
 class Events:

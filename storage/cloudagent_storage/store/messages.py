@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cloudagent_storage.errors import LeaseLost, QuestionClosed, TaskEnded
-from cloudagent_storage.records import EventDraft, Message, PendingQuestion, TaskStatus, new_id
+from cloudagent_storage.errors import LeaseLost, QuestionClosed, SeveralAgents, TaskEnded
+from cloudagent_storage.records import TERMINAL, EventDraft, Message, PendingQuestion, TaskStatus, new_id
+from cloudagent_storage.store.change import change, change_held
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.row import (
     ACTIVE,
     asked_of,
     asking,
-    change,
-    change_held,
     find,
     held_by,
     message_of,
@@ -33,7 +32,7 @@ class Messages:
 
         An answer closes the question in the same step: whatever comes next is none. With a `question_id` it is the
         answer to that one or nothing; said again, word for word, it is the same message. Raises `TaskNotFound`,
-        `TaskEnded`, and `QuestionClosed` when that question is not open.
+        `TaskEnded`, `SeveralAgents`, and `QuestionClosed` when that question is not open.
         """
         text = storable(text)
         rows = self._db.tables.messages
@@ -48,6 +47,8 @@ class Messages:
                     return message_of(earlier)
             if TaskStatus(row.status).terminal:
                 raise TaskEnded()
+            if row.best_of is not None:
+                raise self._several(task_id)
             if question_id is not None and question_id != answers:
                 raise QuestionClosed()
             message = self._insert(task_id, text, answers)
@@ -90,6 +91,7 @@ class Messages:
             return [
                 PendingQuestion(
                     task_id=row.task_id,
+                    candidate=row.candidate,
                     title=spec_of(row).title,
                     question=row.question,
                     **dict(asked),
@@ -97,6 +99,14 @@ class Messages:
                 for row in query.order_by(rows.asked_at).limit(limit)
                 if (asked := asked_of(row)) is not None and row.question is not None
             ]
+
+    def _several(self, task_id: str) -> SeveralAgents:
+        """The refusal of a message to a task with candidates, which names those that would hear one."""
+        rows = self._db.tables.tasks
+        mine = (rows.parent_task_id == task_id) & rows.candidate.is_null(False)
+        open_ones = rows.select().where(mine, rows.status.not_in(list(TERMINAL))).order_by(rows.candidate)
+        named = [f"{row.task_id} (candidate {row.candidate}, {row.status})" for row in open_ones]
+        return SeveralAgents(remedy=f"Send it to one of them: {', '.join(named)}.")
 
     def _insert(self, task_id: str, text: str, answers: str | None) -> Message:
         message = Message(message_id=new_id("msg"), text=text, answers=answers)

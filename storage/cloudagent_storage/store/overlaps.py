@@ -11,11 +11,11 @@ from cloudagent_storage.store.row import ACTIVE
 from cloudagent_storage.tables import TaskRow
 
 QUERY = f"""
-SELECT task_id, status, source_key, parent_task_id, touches, created_at FROM tasks
+SELECT task_id, status, source_key, parent_task_id, candidate, touches, created_at FROM tasks
 WHERE account_id = ? AND status IN {tuple(map(str, ACTIVE))} AND touches IS NOT NULL AND source_key IN (
     SELECT source_key FROM tasks WHERE account_id = ? AND task_id IN (ANY) AND touches IS NOT NULL)
 UNION ALL
-SELECT task_id, status, source_key, parent_task_id, touches, created_at FROM tasks
+SELECT task_id, status, source_key, parent_task_id, candidate, touches, created_at FROM tasks
 WHERE account_id = ? AND task_id IN (ANY) AND status NOT IN {tuple(map(str, ACTIVE))} AND touches IS NOT NULL
 """
 """What is under way in the repositories of the tasks that are asked for, and those of them that are not. Each half goes
@@ -31,7 +31,7 @@ class Overlaps:
     def of(self, account_id: str, task_ids: Sequence[str]) -> Mapping[str, Sequence[Overlap]]:
         """Of these tasks, those that touch the same files as other tasks of their repository which are under way.
 
-        Only tasks of the account, and none against the one that it goes on from; those with the same parent are
+        Only tasks of the account, and none against the one that it goes on from; candidates of one parent are
         tries of the same thing, of which one is chosen. One query.
         """
         rows, ids = self._db.tables.tasks, list(task_ids)
@@ -68,6 +68,7 @@ def _overlaps_of(found: Sequence[TaskRow], asked: Container[str]) -> Mapping[str
 
 
 def _belong_together(one: TaskRow, other: TaskRow) -> bool:
-    if one.task_id == other.task_id or (one.parent_task_id is not None and one.parent_task_id == other.parent_task_id):
+    tries = one.candidate is not None and other.candidate is not None and one.parent_task_id == other.parent_task_id
+    if one.task_id == other.task_id or tries:
         return True
     return one.task_id == other.parent_task_id or other.task_id == one.parent_task_id

@@ -4,6 +4,8 @@ A task's row stays for ever; its log and blobs, which are a thousand times large
 that each transaction is short and a crash between any two costs nothing: a finished task is measured, once in its life;
 when it is too old or too much, it *expires*, and readers are told so from then on; then its material is deleted, a
 little at a time. Several processes may prune at once: each step says in its UPDATE what it expects to find.
+
+Candidates expire with their parent, and never by themselves: they share what they were submitted with.
 """
 
 # pyright: basic
@@ -80,9 +82,10 @@ class Retention:
                 totals: Any = sums.group_by(kept.task_id).tuples()
                 for task_id, total in totals:
                     sizes[task_id] += int(total)
-        # Outside of the look: it may take a second for long logs, in which others can write.
-        with self._db.writing():
-            for task_id in sorted(found):
+        # Outside of the look: it may take a second for long logs, in which others can write. And one by one, as whoever
+        # holds a candidate's row may wait for its parent's.
+        for task_id in found:
+            with self._db.writing():
                 # At least 1: 0 says that nothing is left to delete.
                 measured = rows.update(kept_bytes=max(1, sizes[task_id]))
                 measured.where(rows.task_id == task_id, rows.kept_bytes.is_null()).execute()
@@ -106,25 +109,37 @@ class Retention:
             mine = self._kept().where(rows.account_id == account_id, rows.kept_bytes.is_null(False))
             # Locked, and only then summed up: of two who prune at once, the second sees what the first has done.
             oldest = list(self._db.locked(mine.order_by(rows.completed_at, rows.task_id).limit(TASKS_AT_ONCE)))
-            over = int(mine.select(fn.COALESCE(fn.SUM(rows.kept_bytes), 0)).scalar()) - max_bytes
+            sizes = self._with_candidates([row.task_id for row in oldest])
+            left = rows.select(fn.COALESCE(fn.SUM(rows.kept_bytes), 0)).where(
+                rows.account_id == account_id, rows.status.in_(list(TERMINAL)), rows.expired_at.is_null()
+            )
+            over = int(left.scalar()) - max_bytes
             chosen: list[str] = []
             for row in oldest:
                 if over <= 0:
                     break
                 chosen.append(row.task_id)
-                over -= row.kept_bytes
+                over -= row.kept_bytes + sizes.get(row.task_id, 0)
             return self._expire(chosen)
 
     def _kept(self):
         rows = self._rows
         query = rows.select(rows.task_id, rows.kept_bytes)
-        return query.where(rows.status.in_(list(TERMINAL)), rows.expired_at.is_null())
+        return query.where(rows.status.in_(list(TERMINAL)), rows.expired_at.is_null(), rows.candidate.is_null())
+
+    def _with_candidates(self, task_ids: list[str]) -> dict[str, int]:
+        """How much is kept of the candidates of each."""
+        rows = self._rows
+        query: Any = rows.select(rows.parent_task_id, fn.COALESCE(fn.SUM(rows.kept_bytes), 0))
+        query = query.where(rows.parent_task_id.in_(task_ids), rows.candidate.is_null(False))
+        return {task_id: int(size) for task_id, size in query.group_by(rows.parent_task_id).tuples()}
 
     def _expire(self, task_ids: list[str]) -> int:
-        rows = self._rows
-        return (
-            rows.update(expired_at=self._db.now).where(rows.task_id.in_(task_ids), rows.expired_at.is_null()).execute()
-        )
+        """Returns how many did; their candidates do with them, and do not count."""
+        rows, expire = self._rows, self._rows.update(expired_at=self._db.now)
+        of_these = rows.parent_task_id.in_(task_ids) & rows.candidate.is_null(False)
+        expire.where(of_these, rows.expired_at.is_null()).execute()
+        return expire.where(rows.task_id.in_(task_ids), rows.expired_at.is_null()).execute()
 
     def _delete_some(self) -> bool:
         """Delete a part of what one expired task has left; False when none has left anything."""

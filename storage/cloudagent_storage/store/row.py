@@ -9,10 +9,11 @@ from typing import Any
 
 from peewee import Expression
 
-from cloudagent_storage.errors import LeaseLost, TaskExpired, TaskNotFound
+from cloudagent_storage.errors import TaskExpired, TaskNotFound
 from cloudagent_storage.records import (
     TERMINAL,
     Asked,
+    Best,
     EventDraft,
     Message,
     Phase,
@@ -68,7 +69,7 @@ def held_by(db: Database, attempt: int) -> Expression:
     return (rows.attempt == attempt) & rows.status.in_(ACTIVE) & rows.lease_until.is_null(False)
 
 
-def change(
+def update_row(
     db: Database,
     task_id: str,
     where: Expression,
@@ -79,26 +80,20 @@ def change(
 ) -> TaskRow | None:
     """Change a task's row if it is as `where` says, and add lines to its log, within the caller's transaction.
 
-    Every change of a task goes through this one UPDATE: what it finds and what it leaves behind are one step, and it
-    hands out the numbers of the lines. Returns the row (`whole`, or what `signals` needs), or None when it was not so.
+    Every change of a task goes through this one UPDATE, nearly always by way of `change`: what it finds and what it
+    leaves behind are one step, and it hands out the numbers of the lines. Returns the row (`whole`, or what its callers
+    need), or None when it was not so.
     """
     rows = db.tables.tasks
     query = rows.update(last_seq=rows.last_seq + len(lines), **changes).where(rows.task_id == task_id, where)
-    changed = list(query.returning(rows) if whole else query.returning(rows.last_seq, rows.cancel_requested_at))
+    brief = (rows.last_seq, rows.cancel_requested_at, rows.candidate)
+    changed = list(query.returning(rows) if whole else query.returning(*brief))
     if not changed:
         return None
     write_lines(db, task_id, changed[0].last_seq, lines)
     if lines or not changes.keys() <= UNSEEN:
         db.announce(task_id)
     return changed[0]
-
-
-def change_held(db: Database, task_id: str, attempt: int, **arguments: Any) -> TaskRow:
-    """The same for the worker that has the task. Raises `LeaseLost` when this attempt does not, or not any more."""
-    row = change(db, task_id, held_by(db, attempt), **arguments)
-    if row is None:
-        raise LeaseLost()
-    return row
 
 
 def signals(db: Database, task_id: str, row: TaskRow) -> Signals:
@@ -131,9 +126,15 @@ def spec_of(row: TaskRow) -> TaskSpec:
     return TaskSpec.model_validate(row.spec)
 
 
+def usage_of(row: TaskRow) -> Usage:
+    # A number that JSON cannot express was kept as null.
+    return Usage.model_validate({name: value for name, value in (row.usage or {}).items() if value is not None})
+
+
 def task_of(row: TaskRow) -> Task:
     """The record that users see."""
     spec = spec_of(row)
+    best = None if row.best is None else Best.model_validate(row.best)
     return Task(
         task_id=row.task_id,
         status=TaskStatus(row.status),
@@ -144,7 +145,7 @@ def task_of(row: TaskRow) -> Task:
         repository=spec.repository,
         base_ref=spec.base_ref,
         base_sha=row.base_sha,
-        branch=branch_name(row.task_id),
+        branch=branch_name(row.task_id if best is None else best.task_id),
         agent=spec.agent,
         model=row.model or spec.model,
         provider=row.provider or spec.provider,
@@ -153,6 +154,9 @@ def task_of(row: TaskRow) -> Task:
         attempt=row.attempt,
         retries_used=row.retries_used or 0,
         parent_task_id=row.parent_task_id,
+        candidate=row.candidate,
+        best_of=row.best_of,
+        best=best,
         retry_of=row.retry_of,
         schedule_id=row.schedule_id,
         created_at=row.created_at,
@@ -161,8 +165,7 @@ def task_of(row: TaskRow) -> Task:
         expired_at=row.expired_at,
         result=None if row.result is None else Result.model_validate(row.result),
         error=None if row.error is None else TaskError.model_validate(row.error),
-        # A number that JSON cannot express was kept as null.
-        usage=Usage.model_validate({name: value for name, value in (row.usage or {}).items() if value is not None}),
+        usage=usage_of(row),
         question=row.question,
         asked=asked_of(row),
     )

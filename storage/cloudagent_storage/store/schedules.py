@@ -13,16 +13,14 @@ from datetime import datetime
 from typing import Any, TypedDict, Unpack, cast
 
 from cloudagent_storage.errors import LimitReached, ScheduleNotFound
-from cloudagent_storage.records import (
+from cloudagent_storage.records import TaskDraft, TaskSpec, TaskStatus
+from cloudagent_storage.schedule import (
     MAX_SCHEDULES,
     HeldSchedule,
     RunOutcome,
     Schedule,
     ScheduleList,
     ScheduleRun,
-    TaskDraft,
-    TaskSpec,
-    TaskStatus,
     not_ended,
 )
 from cloudagent_storage.store.blobs import packed, write_blob
@@ -224,6 +222,7 @@ class Schedules:
                 source_key=draft.source_key,
                 credentials=draft.credentials,
                 git_credentials=draft.git_credentials,
+                candidates=draft.candidates,
                 lines=draft.lines,
                 schedule_id=schedule_id,
             )

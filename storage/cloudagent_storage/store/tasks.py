@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from types import EllipsisType
 from typing import Any, TypedDict, Unpack
 
@@ -16,6 +16,7 @@ from cloudagent_storage.errors import AmbiguousId, IdempotencyMismatch, InvalidC
 from cloudagent_storage.records import (
     ID_LENGTH,
     BlobKind,
+    CandidateDraft,
     Claim,
     EventDraft,
     Idempotency,
@@ -34,16 +35,16 @@ from cloudagent_storage.records import (
     VerifyResult,
     new_id,
 )
-from cloudagent_storage.store.backlog import take
+from cloudagent_storage.store.backlog import is_for_workers, take
 from cloudagent_storage.store.blobs import WRITES_WITHIN_S, packed, write_blob
+from cloudagent_storage.store.candidates import lock_candidates, lock_siblings
+from cloudagent_storage.store.change import change, change_held
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.log import write_lines
 from cloudagent_storage.store.row import (
     ACTIVE,
     TASK_ID,
     asking,
-    change,
-    change_held,
     ended,
     find,
     held_by,
@@ -54,6 +55,7 @@ from cloudagent_storage.store.row import (
 )
 from cloudagent_storage.tables import TaskRow, storable
 
+NEVER = datetime(9000, 1, 1, tzinfo=UTC)
 PREFIX = re.compile(rf"[a-z2-7]{{4,{ID_LENGTH}}}")
 
 CANCELLED = TaskError(
@@ -111,8 +113,9 @@ class Tasks:
         retry_of: str | None = None,
         parent_task_id: str | None = None,
         schedule_id: str | None = None,
+        candidates: Sequence[CandidateDraft] = (),
     ) -> Task:
-        """Keep a new task, with all that belongs to it, in one step.
+        """Keep a new task, with all that belongs to it, in one step; with `candidates`, as their parent.
 
         With an `idempotency` that the account has used before, nothing is kept, and the earlier task is the answer;
         however many submits race, there is one task. Raises `RepositoryTooLarge`, `StorageFull`, and
@@ -126,27 +129,23 @@ class Tasks:
         with self._db.writing():
             if ready:
                 self._db.take_time(WRITES_WITHIN_S)
-            query = self._rows.insert(
+            start = {"base_sha": base_sha, "config": config, "manifests": manifests, "source_key": source_key}
+            query = self._inserted(
+                account_id,
+                spec,
                 task_id=task_id,
-                account_id=account_id,
-                status=TaskStatus.QUEUED,
-                spec=json_of(spec),
-                repository=spec.repository,
-                tags=list(spec.tags),
-                base_sha=base_sha,
-                config=config,
-                manifests=manifests,
-                source_key=source_key,
+                **start,
                 schedule_id=schedule_id,
                 credentials=credentials,
                 git_credentials=git_credentials,
-                created_at=self._db.now_in_list(account_id),
-                waits_since=self._db.later(-spec.priority.head_start_s),
                 retry_of=retry_of,
                 parent_task_id=parent_task_id,
                 last_seq=len(lines),
                 idempotency_key=None if idempotency is None else idempotency.key,
                 arguments_digest=None if idempotency is None else idempotency.digest,
+                best_of=len(candidates) or None,
+                # No worker takes it, also none of the version before, which knows nothing of candidates.
+                not_before=NEVER if candidates else None,
             )
             if idempotency is not None:
                 query = query.on_conflict_ignore()
@@ -157,6 +156,20 @@ class Tasks:
             write_lines(self._db, task_id, len(lines), lines)
             for kind, data, size in ready:
                 write_blob(self._db, task_id, kind, data, size)
+            for number, draft in enumerate(candidates, start=1):
+                said = EventDraft(kind="status", message=f"Queued, as candidate {number} of {task_id}.")
+                mine = {"credentials": draft.credentials, "git_credentials": draft.git_credentials}
+                self._inserted(
+                    account_id,
+                    draft.spec,
+                    task_id=draft.task_id,
+                    **start,
+                    **mine,
+                    parent_task_id=task_id,
+                    last_seq=1,
+                    candidate=number,
+                ).execute()
+                write_lines(self._db, draft.task_id, 1, [said])
             return task_of(row)
 
     def replay(self, account_id: str, idempotency: Idempotency) -> Task | None:
@@ -168,8 +181,14 @@ class Tasks:
 
     def get(self, account_id: str, task_id: str) -> Task:
         """An account's task. Raises `TaskNotFound`, the same for another account's id as for an unknown one."""
+        rows = self._rows
         with self._db.reading():
-            return task_of(find(self._db, account_id, task_id))
+            task = task_of(find(self._db, account_id, task_id))
+            if task.best_of is None or task.status.terminal:
+                return task
+            mine = (rows.parent_task_id == task_id) & rows.candidate.is_null(False)
+            asking = rows.select(rows.task_id).where(mine, rows.status == TaskStatus.WAITING).order_by(rows.candidate)
+            return task.model_copy(update={"asking": tuple(row.task_id for row in asking)})
 
     def spec(self, account_id: str, task_id: str) -> TaskSpec:
         """All that was asked for. Raises `TaskNotFound`."""
@@ -221,11 +240,15 @@ class Tasks:
         repository: str | None = None,
         tag: str | None = None,
         schedule_id: str | None = None,
+        candidates: bool = False,
         limit: int = 20,
         cursor: str | None = None,
         offset: int = 0,
     ) -> TaskPage:
-        """An account's tasks, newest first. `cursor` is the page before's `next_cursor`. Raises `InvalidCursor`."""
+        """An account's tasks, newest first; those that are another's candidates only with `candidates`.
+
+        `cursor` is the page before's `next_cursor`. Raises `InvalidCursor`.
+        """
         rows = self._rows
         wanted = rows.account_id == account_id
         if status is not None:
@@ -236,6 +259,8 @@ class Tasks:
             wanted &= rows.tags.contains([storable(tag)])
         if schedule_id is not None:
             wanted &= rows.schedule_id == storable(schedule_id)
+        if not candidates:
+            wanted &= rows.candidate.is_null()
         following = wanted
         if cursor is not None:
             created_at, task_id = _read_cursor(cursor)
@@ -276,11 +301,14 @@ class Tasks:
     def request_cancel(self, account_id: str, task_id: str) -> tuple[Task, bool]:
         """Cancel a task: at once while it is queued, else by telling its worker. Says whether that changed anything.
 
-        Raises `TaskNotFound`.
+        Its candidates are cancelled with it. Raises `TaskNotFound`.
         """
         with self._db.writing():
+            lock_candidates(self._db, task_id)
             # Locked, so that no claim and no end comes between the look and the change.
             row = find(self._db, account_id, task_id, lock=True)
+            if row.best_of is not None:
+                return self._cancel_all(account_id, row)
             if row.status == TaskStatus.QUEUED:
                 line = EventDraft(kind="status", message="Cancelled before it started.")
                 changes = {
@@ -295,6 +323,18 @@ class Tasks:
             row = change(self._db, task_id, self._rows.task_id == task_id, lines=[line], whole=True, **changes)
             assert row is not None
             return task_of(row), True
+
+    def _cancel_all(self, account_id: str, parent: TaskRow) -> tuple[Task, bool]:
+        """The same for a parent, whose row and candidates the caller holds."""
+        rows, task_id = self._rows, parent.task_id
+        if TaskStatus(parent.status).terminal or parent.cancel_requested_at is not None:
+            return task_of(parent), False
+        line = EventDraft(kind="status", message="Cancel requested.")
+        change(self._db, task_id, rows.task_id == task_id, lines=[line], cancel_requested_at=self._db.now)
+        mine = rows.select(rows.task_id).where(rows.parent_task_id == task_id, rows.candidate.is_null(False))
+        for row in list(mine.order_by(rows.candidate)):
+            self.request_cancel(account_id, row.task_id)
+        return task_of(find(self._db, account_id, task_id)), True
 
     # -- for workers -----------------------------------------------------------------------------------------------
 
@@ -417,6 +457,8 @@ class Tasks:
         if usage is not None:
             columns["usage"] = json_of(usage)
         with self._db.writing():
+            if verdict is Verdict.PASSED:
+                lock_siblings(self._db, task_id)
             return task_of(change_held(self._db, task_id, attempt, lines=events, whole=True, **columns))
 
     def due(self, *, waited_s: float, limit: int = 100) -> Sequence[str]:
@@ -427,8 +469,7 @@ class Tasks:
         rows = self._rows
         unheld = rows.status.in_(ACTIVE) & (rows.lease_until.is_null() | (rows.lease_until < self._db.now))
         quiet = rows.rung_at.is_null() | (rows.rung_at < self._db.later(-waited_s))
-        ready = rows.not_before.is_null() | (rows.not_before <= self._db.now)
-        wanted = ((rows.status == TaskStatus.QUEUED) | unheld) & quiet & ready
+        wanted = ((rows.status == TaskStatus.QUEUED) | unheld) & quiet & is_for_workers(self._db)
         chosen = rows.select(rows.task_id).where(wanted).order_by(rows.created_at).limit(limit)
         with self._db.writing():
             # Rows that somebody else is changing are skipped: waiting for them in any order could end in a deadlock.
@@ -456,6 +497,19 @@ class Tasks:
             return rows.select().where(rows.task_id == task_id, self._unfinished(), owned).exists()
 
     # -- what they share -------------------------------------------------------------------------------------------
+
+    def _inserted(self, account_id: str, spec: TaskSpec, **columns: Any) -> Any:
+        """The INSERT of a row that was asked for so."""
+        return self._rows.insert(
+            account_id=account_id,
+            status=TaskStatus.QUEUED,
+            spec=json_of(spec),
+            repository=spec.repository,
+            tags=list(spec.tags),
+            created_at=self._db.now_in_list(account_id),
+            waits_since=self._db.later(-spec.priority.head_start_s),
+            **columns,
+        )
 
     def _with_key(self, account_id: str, idempotency: Idempotency) -> Expression:
         rows = self._rows

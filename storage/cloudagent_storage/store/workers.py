@@ -8,7 +8,7 @@ from typing import Any
 
 from peewee import fn
 
-from cloudagent_storage.records import WorkerInfo
+from cloudagent_storage.overview import WorkerInfo
 from cloudagent_storage.store.database import Database
 from cloudagent_storage.store.row import ACTIVE
 
