@@ -22,8 +22,7 @@ class Backlog:
 
     @operation("GET", "/queue", title="Look at the queue", read_only=True, idempotent=True)
     def get_queue(self, caller: Caller) -> Overview:
-        """For operators: what waits for whom, what runs where with which lease, the workers, the last sweep, and the
-        dead letters, which retry_task tries once more.
+        """For operators: what waits, what runs where, the workers, and the dead letters, for retry_task.
 
         Raises `Forbidden` for whoever is no operator.
         """

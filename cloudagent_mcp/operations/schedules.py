@@ -151,7 +151,7 @@ class Schedules:
 
     @operation("DELETE", "/schedules/{schedule_id}", title="Delete a schedule", destructive=True, idempotent=True)
     def delete_schedule(self, caller: Caller, *, schedule_id: ScheduleId) -> Schedule:
-        """Remove a schedule and say what it was. The tasks that it submitted stay, and go on."""
+        """Remove a schedule. The tasks that it submitted stay, and go on."""
         return self._store.schedules.delete(caller.account_id, schedule_id).model_copy(update={"next_due_at": ()})
 
     @operation("POST", "/schedules/{schedule_id}/run", title="Run a schedule now", open_world=True, status=202)

@@ -168,16 +168,13 @@ class Tasks:
             Field(max_length=10_000, description="Shell command that is run in the repository before the agent."),
         ] = None,
         on_interrupt: Annotated[OnInterrupt, Field(description="What follows its sandbox's death.")] = "resume",
-        timeout_minutes: Annotated[float, Field(gt=0, le=1440, description="How long the agent may run.")] = 60.0,
+        timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 60.0,
         max_turns: Annotated[int | None, Field(ge=1, le=10_000)] = None,
         max_budget_usd: Annotated[float | None, Field(gt=0, le=10_000)] = None,
-        provider: Annotated[str | None, Field(max_length=100, description="Where its sandbox comes from.")] = None,
+        provider: Annotated[str | None, Field(max_length=100, description="Of its sandbox.")] = None,
         egress: Annotated[list[str], Field(max_length=200, description="More hosts that its sandbox may reach.")] = [],  # noqa: B006
-        tags: Annotated[list[str], Field(max_length=20, description="Words to find it by.")] = [],  # noqa: B006
-        priority: Annotated[
-            Literal["low", "normal", "high"],
-            Field(description="Before which of your other tasks it starts."),
-        ] = "normal",
+        tags: Annotated[list[str], Field(max_length=20)] = [],  # noqa: B006
+        priority: Literal["low", "normal", "high"] = "normal",
         continue_task_id: Annotated[
             str | None, Field(max_length=200, description="Go on from this ended task: its branch, its talk.")
         ] = None,
@@ -349,13 +346,13 @@ class Tasks:
 
     @operation("POST", "/tasks/{task_id}/cancel", title="Cancel a task", destructive=True, idempotent=True)
     def cancel_task(self, caller: Caller, *, task_id: TaskId) -> Cancelled:
-        """Stop a task. What the agent did until then is saved; cancelling twice, or after the end, changes nothing."""
+        """Stop a task. What the agent did until then is saved; twice, or after its end, nothing changes."""
         task, changed = self._store.tasks.request_cancel(caller.account_id, task_id)
         return Cancelled.model_validate({**dict(advise(task)), "changed": changed})
 
     @operation("POST", "/tasks/{task_id}/retry", title="Try a task again", open_world=True, status=202)
     def retry_task(self, caller: Caller, *, task_id: TaskId) -> Task:
-        """Try a task that has ended once more: a new task with the same prompt, files and limits, linked to it.
+        """Try a task that has ended once more: a new task with the same prompt, files and limits.
 
         Raises `NotReady` while it has not ended, and what submit_task raises.
         """

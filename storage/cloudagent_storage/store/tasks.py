@@ -15,6 +15,7 @@ from peewee import Expression
 from cloudagent_storage.errors import AmbiguousId, IdempotencyMismatch, InvalidCursor, LeaseLost, TaskNotFound
 from cloudagent_storage.records import (
     ID_LENGTH,
+    TERMINAL,
     BlobKind,
     CandidateDraft,
     Claim,
@@ -332,7 +333,8 @@ class Tasks:
         line = EventDraft(kind="status", message="Cancel requested.")
         change(self._db, task_id, rows.task_id == task_id, lines=[line], cancel_requested_at=self._db.now)
         mine = rows.select(rows.task_id).where(rows.parent_task_id == task_id, rows.candidate.is_null(False))
-        for row in list(mine.order_by(rows.candidate)):
+        # One that has ended is not ours, and Postgres may have locked it for somebody who waits for those that are.
+        for row in list(mine.where(rows.status.not_in(list(TERMINAL))).order_by(rows.candidate)):
             self.request_cancel(account_id, row.task_id)
         return task_of(find(self._db, account_id, task_id)), True
 
