@@ -233,15 +233,20 @@ class _Target:
             "branch": kept_branch,
             "fingerprint": fingerprint,
         }
+        left: list[str] = []
         try:
             journal = Journal.begin(self._state / self._task_id, self.tree, steps, about=about)
             try:
                 journal.write(self.tree, steps)
             except BaseException:
-                journal.take_back(self.tree)
+                left = journal.take_back(self.tree)
                 raise
         except (Changed, InTheWay) as error:
-            raise ApplyConflict(f"Changed in this very moment: {listed([error.path])}. Nothing was written.") from None
+            changed = sorted({error.path, *left})
+            raise ApplyConflict(
+                f"Changed in this very moment, and left alone: {listed(changed)}. All else is as it was.",
+                remedy=f"Look at these files; {backup_ref} has them as they were before." if backup_ref else None,
+            ) from None
         except OSError as error:
             raise _cannot_write(error) from error
         message = f"{_count(files)} written. `ca task undo {self._task_id}` takes it back."

@@ -16,6 +16,8 @@ from pathlib import Path
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# Of file systems that know no hard links, or none to this kind of file.
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL})
 _READ_LIMIT = 256 * 1024 * 1024
 
 
@@ -143,9 +145,11 @@ class Tree:
                         mode = _with_executable(expected.mode, file.executable)
                     _make(folder, temporary, file, mode)
                     _check_unchanged(folder, name, path, expected)
-                    if expected is not None:
+                    if expected is None:
+                        _put_new(folder, temporary, name, path)
+                    else:
                         _keep_owner(folder, name, temporary)
-                    os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+                        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
                 except BaseException:
                     with suppress(OSError):
                         os.unlink(temporary, dir_fd=folder)
@@ -219,6 +223,20 @@ def _make(folder: int, name: str, file: File, mode: int | None) -> None:
             os.fchmod(descriptor, mode)
         stream.flush()
         os.fsync(descriptor)
+
+
+def _put_new(folder: int, temporary: str, name: str, path: str) -> None:
+    """Rename a file to a name that nothing has, not even since a moment ago. Raises `Changed`."""
+    try:
+        os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    except FileExistsError:
+        raise Changed(path) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    else:
+        os.unlink(temporary, dir_fd=folder)
 
 
 def _with_executable(mode: int, executable: bool) -> int:

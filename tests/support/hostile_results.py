@@ -157,6 +157,12 @@ NAMES = [
             "a lone surrogate": b"\xed\xa0\x80",
         },
     ),
+    Row(
+        "the name that is refused is told without what a terminal would do with it",
+        tree((FILE, b"esc\x1b]0;x\x07", EVIL)),
+        UNSAFE,
+        "esc\\x1b]0;x\\x07 has",
+    ),
     *named(
         LONG,
         {
