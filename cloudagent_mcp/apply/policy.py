@@ -5,7 +5,7 @@ git keeps paths inside the tree; what a path *means* to the machines and the age
 
 from __future__ import annotations
 
-import fnmatch
+import functools
 import posixpath
 import re
 import unicodedata
@@ -26,7 +26,7 @@ _TREE_MODES = frozenset({"40000", "100644", "100755", "100664", "120000", "16000
 
 # Matched against every folder and file name of a path, without regard to case. A pattern with a slash covers names
 # that follow each other.
-_EXECUTES: Sequence[str] = (
+_EXECUTES = (
     *[".claude", "claude.md", "claude.local.md", "agents.md", "gemini.md", ".mcp.json", ".cursor", ".cursorrules"],
     *[".gemini", ".codex", ".windsurf", ".windsurfrules", ".clinerules", ".roo", ".aider*", ".github/copilot*"],
     *[".kiro", ".amazonq", ".continue", ".junie", ".opencode", "opencode.json*", ".trae", ".augment*", ".goosehints"],
@@ -53,7 +53,7 @@ _EXECUTES: Sequence[str] = (
     # What becomes a command of its user's.
     ".cloudagent/prompts",
 )
-_ORDINARY_WORK: Sequence[str] = ("conftest.py", "setup.py", "makefile", "gnumakefile", "package.json")
+_ORDINARY_WORK = ("conftest.py", "setup.py", "makefile", "gnumakefile", "package.json")
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 _GIT_SHORT_NAME = re.compile(r"(git|gitmod|gi[0-9a-f]{4}|gi7eba)~[0-9]+", re.IGNORECASE)
@@ -105,6 +105,7 @@ def check_changes(quarantine: Quarantine, files: Sequence[ChangedFile]) -> None:
         _check_link(file.path, targets[file.new_id], modes)
 
 
+@functools.lru_cache(maxsize=100_000)
 def folded(name: str) -> str:
     """What a file system that ignores case, composition and invisible characters makes of a name."""
     visible = "".join(c for c in unicodedata.normalize("NFC", _UNSEEN.sub("", name)) if unicodedata.category(c) != "Cf")
@@ -225,14 +226,15 @@ def _prefixes(path: str) -> list[str]:
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    parts = [folded(part) for part in path.split("/")]
-    for pattern in patterns:
-        wanted = pattern.split("/")
-        for start in range(len(parts) - len(wanted) + 1):
-            if all(fnmatch.fnmatchcase(parts[start + i], glob) for i, glob in enumerate(wanted)):
-                return True
-    return False
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return _any_of(patterns).search(f"/{folded(path)}/") is not None
+
+
+@functools.cache
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches between the slashes of a path that has one before and behind each name."""
+    names = (re.escape(pattern).replace(r"\*", "[^/]*") for pattern in patterns)
+    return re.compile(f"/(?:{'|'.join(names)})/", re.DOTALL)
 
 
 def unsafe(path: str, what: str) -> UnsafeChange:
