@@ -84,7 +84,14 @@ NAMES = [
         },
     ),
     # `%2f` is a slash within one name of a tree.
-    *named(UP, {"one name that holds a way up": b"..%2fevil", "one name that goes down and up": b"x%2f..%2f..%2fevil"}),
+    *named(
+        UP,
+        {
+            "one name that holds a way up": b"..%2fevil",
+            "one name that goes down and up": b"x%2f..%2f..%2fevil",
+            "one name that holds two slashes": b"a%2f%2fb",
+        },
+    ),
     *named("is no path in the tree", {"an absolute name": b"%2ftmp%2fevil"}),
     *named(
         BUNDLE,
@@ -152,6 +159,7 @@ NAMES = [
             "a C1 control": "csi\u009b31m".encode(),
             "a delete": b"del\x7f",
             "a line separator": "a\u2028b".encode(),
+            "a paragraph separator": "a\u2029b".encode(),
             "Latin-1": b"caf\xe9",
             "an overlong slash": b"..\xc0\xafevil",
             "a lone surrogate": b"\xed\xa0\x80",
