@@ -140,10 +140,10 @@ class Tree:
                     _check_unchanged(folder, name, path, expected)
                     os.unlink(name, dir_fd=folder)
                     return
+                if mode is None and expected is not None and not expected.link:
+                    mode = _with_executable(expected.mode, file.executable)
+                _make(folder, temporary, file, mode)
                 try:
-                    if mode is None and expected is not None and not expected.link:
-                        mode = _with_executable(expected.mode, file.executable)
-                    _make(folder, temporary, file, mode)
                     _check_unchanged(folder, name, path, expected)
                     if expected is None:
                         _put_new(folder, temporary, name, path)
@@ -203,26 +203,35 @@ def _read(folder: int, name: str, path: str) -> File | None:
         if error.errno in (errno.ELOOP, errno.EINVAL, errno.ENXIO):  # swapped since the look at it
             raise InTheWay(path) from None
         raise
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode):
+        os.close(descriptor)
+        raise InTheWay(path)
     with os.fdopen(descriptor, "rb") as stream:
-        about = os.fstat(descriptor)
-        data = stream.read(_READ_LIMIT + 1) if stat.S_ISREG(about.st_mode) else b""
-        if not stat.S_ISREG(about.st_mode) or len(data) > _READ_LIMIT:
-            raise InTheWay(path)
-        return File(data, mode=stat.S_IMODE(about.st_mode))
+        data = stream.read(_READ_LIMIT + 1)
+    if len(data) > _READ_LIMIT:
+        raise InTheWay(path)
+    return File(data, mode=stat.S_IMODE(about.st_mode))
 
 
 def _make(folder: int, name: str, file: File, mode: int | None) -> None:
+    """All of it, or nothing. What has that name already is left alone: `FileExistsError`."""
     if file.link:
         os.symlink(os.fsdecode(file.data), name, dir_fd=folder)
         return
     # Without a mode the umask of the process decides.
     descriptor = os.open(name, _NEW, 0o777 if file.executable else 0o666, dir_fd=folder)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(file.data)
-        if mode is not None:
-            os.fchmod(descriptor, mode)
-        stream.flush()
-        os.fsync(descriptor)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(file.data)
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            stream.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name, dir_fd=folder)
+        raise
 
 
 def _put_new(folder: int, temporary: str, name: str, path: str) -> None:

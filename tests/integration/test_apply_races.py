@@ -275,3 +275,43 @@ def test_a_file_that_appears_in_the_last_moment_is_not_written_over(premises: Pr
         mine.unlink()
         shutil.rmtree(premises.shop / "race/new", ignore_errors=True)
         assert premises.tree() == before
+
+
+@pytest.mark.parametrize("becomes", ["symlink", "fifo", "folder", "device"])
+def test_a_file_that_becomes_something_else_between_look_and_reading_is_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    file, real = tmp_path / "tree/file", os.stat
+    put(tmp_path, {"tree/file": "same\n", "outside": "same\n"})
+
+    def stat_and_swap(*arguments: Any, **options: Any) -> os.stat_result:
+        found = real(*arguments, **options)
+        if "dir_fd" in options:
+            file.unlink()
+            match becomes:
+                case "symlink":
+                    file.symlink_to("../outside")
+                case "fifo":
+                    os.mkfifo(file)
+                case "folder":
+                    file.mkdir()
+                case _:
+                    file.symlink_to("/dev/zero")
+        return found
+
+    tree = Tree(tmp_path / "tree")
+    monkeypatch.setattr(os, "stat", stat_and_swap)
+    with pytest.raises(InTheWay):
+        tree.read("file")
+    tree.close()
+
+
+def test_what_has_the_name_of_a_temporary_file_is_not_written_to(tmp_path: Path) -> None:
+    put(tmp_path, {"tree/file": "before\n", "tree/link": "-> ../outside", "tree/mine": "mine\n", "outside": "mine\n"})
+    tree = Tree(tmp_path / "tree")
+    for temporary in ("link", "mine"):
+        with pytest.raises(FileExistsError):
+            tree.replace("file", File(b"evil"), expected=tree.read("file"), temporary=temporary)
+        assert (tmp_path / "outside").read_text() == "mine\n" and (tmp_path / "tree/file").read_text() == "before\n"
+    assert (tmp_path / "tree/mine").read_text() == "mine\n"
+    tree.close()
