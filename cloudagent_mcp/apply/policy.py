@@ -108,7 +108,7 @@ def check_changes(quarantine: Quarantine, files: Sequence[ChangedFile]) -> None:
 @functools.lru_cache(maxsize=100_000)
 def folded(name: str) -> str:
     """What a file system that ignores case, composition and invisible characters makes of a name."""
-    visible = "".join(c for c in unicodedata.normalize("NFC", _UNSEEN.sub("", name)) if unicodedata.category(c) != "Cf")
+    visible = "".join(c for c in _UNSEEN.sub("", name) if unicodedata.category(c) != "Cf")
     return unicodedata.normalize("NFC", visible.casefold())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -314,4 +315,33 @@ def test_what_has_the_name_of_a_temporary_file_is_not_written_to(tmp_path: Path)
             tree.replace("file", File(b"evil"), expected=tree.read("file"), temporary=temporary)
         assert (tmp_path / "outside").read_text() == "mine\n" and (tmp_path / "tree/file").read_text() == "before\n"
     assert (tmp_path / "tree/mine").read_text() == "mine\n"
+    tree.close()
+
+
+def noted(names: list[Any], then: Callable[..., Any], name: Any, *arguments: Any, **options: Any) -> Any:
+    names.append(name)
+    return then(name, *arguments, **options)
+
+
+def test_a_step_that_fails_leaves_no_temporary_file_and_opens_nothing_but_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, {"file": "before\n"})
+    os.mkfifo(tmp_path / "fifo")
+    tree = Tree(tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(Changed):
+        tree.replace("file", File(b"after"), expected=File(b"other"), temporary="temporary")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(os, "fsync", full)
+        tree.replace("file", File(b"after"), expected=tree.read("file"), temporary="temporary")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "file"]
+    opened: list[Any] = []
+    monkeypatch.setattr(os, "open", partial(noted, opened, os.open))
+    with pytest.raises(InTheWay):
+        tree.read("fifo")
+    assert "fifo" not in opened, "who waits at its other end, or a device, would notice"
     tree.close()
