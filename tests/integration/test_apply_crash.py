@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,8 +16,8 @@ from typing import Any
 import pytest
 
 from cloudagent_mcp.apply import apply, undo
-from cloudagent_mcp.apply.journal import Journal
-from cloudagent_mcp.apply.tree import Tree
+from cloudagent_mcp.apply.journal import Journal, Step
+from cloudagent_mcp.apply.tree import File, Tree
 from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import ApplyConflict, NothingToUndo, TargetNotAllowed
 from tests.support.git_repos import Result, Workshop, files_of, make_repository, put
@@ -150,3 +151,23 @@ def test_a_file_that_the_user_saves_in_that_very_moment_is_not_lost(
     with pytest.raises(ApplyConflict, match=r"4\.txt"):
         run_apply(shop, result)
     assert files_of(shop) == {**before, "4.txt": (before["4.txt"][0], b"mine\n")}
+
+
+def test_a_journal_is_forgotten_before_its_originals_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order a file system lists them: without originals a journal could only do harm."""
+    put(tmp_path, {"tree/a": "a\n"})
+    tree = Tree(tmp_path / "tree")
+    steps = [Step("a", tree.read("a"), File(b"after"))]
+    journal = Journal.begin(tmp_path / "state", tree, steps, about={})
+    journal.write(tree, steps)
+
+    def dies(*_: object, **__: object) -> None:
+        raise Died()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(Died):
+            journal.take_back(tree)
+    assert (tmp_path / "tree/a").read_text() == "a\n"
+    assert Journal.open(tmp_path / "state") is None
+    tree.close()

@@ -11,7 +11,8 @@ from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import CloudAgentError, ConfirmationNeeded, UnsafeChange
 from tests.support.forge import FILE, SUBMODULE, hostile
 from tests.support.git_repos import Content, Workshop, commit, make_repository
-from tests.support.hostile_results import ROWS, Row
+from tests.support.hostile_results import ROWS
+from tests.support.hostile_rows import Row
 from tests.support.premises import Premises
 
 

@@ -253,7 +253,7 @@ def test_whatever_is_swapped_before_whichever_call_nothing_is_followed(
     assert undo or stopped > 1 or what == "a file"
 
 
-def after(first: Callable[[], None], then: Callable[..., None], *arguments: Any, **options: Any) -> None:
+def after(first: Callable[[], object], then: Callable[..., None], *arguments: Any, **options: Any) -> None:
     first()
     then(*arguments, **options)
 
@@ -276,6 +276,21 @@ def test_a_file_that_appears_in_the_last_moment_is_not_written_over(premises: Pr
         mine.unlink()
         shutil.rmtree(premises.shop / "race/new", ignore_errors=True)
         assert premises.tree() == before
+
+
+def test_what_was_swapped_away_before_it_could_be_put_back_is_named(premises: Premises, result: Result) -> None:
+    before = premises.tree()
+    swap = partial(exchange, premises.shop / "race", premises.around / "trap")
+    swaps = iter([swap])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "link", partial(after, lambda: next(swaps, int)(), os.link))
+        with pytest.raises(CloudAgentError) as refused:
+            premises.apply(result)
+    swap()
+    now = premises.tree()
+    changed = {path for path in before if path.count("/") == 1 and before[path] != now.get(path) and path in NAMES}
+    assert refused.value.code == "conflict" and len(changed) > 5
+    assert all(path in refused.value.message for path in changed)
 
 
 @pytest.mark.parametrize("becomes", ["symlink", "fifo", "folder", "device"])

@@ -164,7 +164,8 @@ def die_in_journal(folder: Path, stride: int) -> dict[str, int]:
     template.mkdir()
     put(template, {**BEFORE, "link": "-> a"})
     (template / "b").chmod(0o640)
-    (template / "sub").chmod(0o750)
+    (template / "c").chmod(0o600)
+    (template / "sub/deep").chmod(0o700)  # a folder that goes with its last file, and comes back
 
     def fresh() -> None:
         copy(template, tree)
