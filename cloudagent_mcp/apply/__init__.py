@@ -99,7 +99,7 @@ def apply(
         with Quarantine.holding(input_bundle, base_sha, result_bundle, branch, strict=False) as quarantine:
             if input_bundle is not None:
                 target.check_holds_base(quarantine)
-            changes = quarantine.changed_files(renames=False)
+            changes = quarantine.changed_files(renames=False, lines=False)
             if not changes:
                 raise NoChanges()
             check_changes(quarantine, changes)

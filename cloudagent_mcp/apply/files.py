@@ -46,19 +46,23 @@ def write(
         "fingerprint": fingerprint,
         "at": time.time(),
     }
+    left: list[str] = []
     try:
         with target.half_done():
             journal = Journal.begin(target.state / target.task_id, target.tree, steps, about=about)
             try:
                 journal.write(target.tree, steps)
             except BaseException:
-                journal.take_back(target.tree)
+                left = journal.take_back(target.tree)
                 if journal.forgotten:
                     target.settled()
                 raise
     except (Changed, InTheWay) as error:
+        changed = sorted({error.path, *left})
         raise ApplyConflict(
-            f"Changed in this very moment: {listed([error.path])}. Nothing was written.", files=[(error.path, _NOW)]
+            f"Changed in this very moment, and left alone: {listed(changed)}. All else is as it was.",
+            remedy=f"Look at these files; {backup_ref} has them as they were before." if backup_ref else None,
+            files=[(path, _NOW) for path in changed],
         ) from None
     except OSError as error:
         raise cannot_write(error) from error

@@ -45,7 +45,7 @@ def make_plan(
             here = _here(tree, file.path, deleted)
         except InTheWay as obstacle:
             # A folder that this very plan empties is no obstacle to a file in its place.
-            if tree is None or obstacle.path != file.path or not tree.holds_only(file.path, deleted):
+            if tree is None or obstacle.path != file.path or not _is_emptied(tree, file.path, deleted):
                 conflicts.append(obstacle.path)
                 continue
             here = None
@@ -82,9 +82,9 @@ def _contents(
     """Files as a checkout in this working tree would write them: with its line ends, but without any filter program."""
     found: dict[str, File] = {}
     regular = {path: entry for path, entry in entries.items() if entry[0] in ("100644", "100755")}
-    for path, (mode, name) in entries.items():
-        if mode == _SYMLINK:
-            found[path] = File(quarantine.run("cat-file", "blob", name).out, mode=0o777, link=True)
+    links = {path: name for path, (mode, name) in entries.items() if mode == _SYMLINK}
+    targets = quarantine.contents(links.values())
+    found |= {path: File(targets[name], mode=0o777, link=True) for path, name in links.items()}
     with tempfile.TemporaryDirectory(prefix="cloudagent-apply-") as temporary:
         there = Path(temporary) / "files"
         there.mkdir()
@@ -153,22 +153,31 @@ def _merged(step: Step, base: File | None) -> File | None:
 
 
 def _check_surroundings(tree: Tree, steps: Sequence[Step], deleted: set[str]) -> None:
-    """What only this working tree can tell: names here that differ in case alone, symlinks here on a symlink's way."""
+    """What only this working tree can tell: repositories in it, names here that differ in case alone, symlinks here on
+    a symlink's way."""
     names_in = functools.cache(tree.names)
     for step in steps:
         parts = step.path.split("/")
+        if any(".git" in names_in("/".join(parts[:count])) for count in range(1, len(parts))):
+            raise unsafe(step.path, "lies in another repository inside of this one")
         if step.before is None:
             for folder, part in (("/".join(parts[:count]), part) for count, part in enumerate(parts)):
                 for name in names_in(folder):
                     path = f"{folder}/{name}" if folder else name
                     if name == part or folded(name) != folded(part):
                         continue
-                    if path not in deleted and not tree.holds_only(path, deleted):
+                    if path not in deleted and not _is_emptied(tree, path, deleted):
                         raise unsafe(step.path, "differs from another name here only in case or invisibly")
         if step.after is not None and step.after.link:
             goal = (link_goal(step.path, os.fsdecode(step.after.data)) or "").split("/")
             if any(_is_link(tree, "/".join(goal[: count + 1]), deleted) for count in range(len(goal))):
                 raise unsafe(step.path, "is a symlink that leads through another one")
+
+
+def _is_emptied(tree: Tree, folder: str, deleted: set[str]) -> bool:
+    """Is this a folder that goes with the last of these files? An empty one is the user's, and stays."""
+    inner = [f"{folder}/{name}" for name in tree.names(folder)]
+    return bool(inner) and all(path in deleted or _is_emptied(tree, path, deleted) for path in inner)
 
 
 def _is_link(tree: Tree, path: str, deleted: set[str]) -> bool:

@@ -5,7 +5,7 @@ git keeps paths inside the tree; what a path *means* to the machines and the age
 
 from __future__ import annotations
 
-import fnmatch
+import functools
 import posixpath
 import re
 import unicodedata
@@ -20,31 +20,47 @@ FILES_LIMIT = 2_000
 TOTAL_LIMIT = 50 * git.MB
 FILE_LIMIT = 10 * git.MB
 
-_REGULAR, _SYMLINK = ("100644", "100755"), "120000"
+_SYMLINK = "120000"
 # As a tree's bytes have it. 100664 is what git itself wrote in its first months.
 _TREE_MODES = frozenset({"40000", "100644", "100755", "100664", "120000", "160000"})
 
 # Matched against every folder and file name of a path, without regard to case. A pattern with a slash covers names
 # that follow each other.
-_EXECUTES: Sequence[str] = (
+_EXECUTES = (
     *[".claude", "claude.md", "claude.local.md", "agents.md", "gemini.md", ".mcp.json", ".cursor", ".cursorrules"],
     *[".gemini", ".codex", ".windsurf", ".windsurfrules", ".clinerules", ".roo", ".aider*", ".github/copilot*"],
-    *[".vscode", ".idea", "*.code-workspace", ".devcontainer", ".devcontainer.json"],
+    *[".kiro", ".amazonq", ".continue", ".junie", ".opencode", "opencode.json*", ".trae", ".augment*", ".goosehints"],
+    *[".vscode", ".idea", ".zed", "*.code-workspace", ".devcontainer", ".devcontainer.json", ".gitpod.yml"],
+    *[".exrc", ".vimrc", ".nvimrc", ".nvim.lua", ".dir-locals.el", ".gdbinit", ".lldbinit", ".pdbrc", ".pdbrc.py"],
     *[".github/workflows", ".github/actions", ".gitlab-ci.yml", ".gitlab-ci.yaml", ".circleci", ".travis.yml"],
     *["azure-pipelines*.yml", "bitbucket-pipelines.yml", "jenkinsfile", ".drone.yml", ".buildkite", ".woodpecker*"],
     *["appveyor.yml", ".appveyor.yml", ".forgejo", ".gitea"],
     *[".husky", ".githooks", ".pre-commit-config.yaml", "lefthook.y*ml", ".lefthook.y*ml"],
     *[".envrc", ".env", ".env.*", "mise.toml", ".mise.toml", ".mise", ".gitattributes", ".gitmodules", ".gitconfig"],
-    *[".npmrc", ".yarnrc*", "pip.conf", "*.pth", "sitecustomize.py", "usercustomize.py"],
+    *[
+        ".npmrc",
+        ".yarnrc*",
+        ".yarn",
+        ".pnpmfile.cjs",
+        ".cargo",
+        "pip.conf",
+        "*.pth",
+        "sitecustomize.py",
+        "usercustomize.py",
+    ],
     # What later tasks run before their agents, reach, and are verified by.
     ".cloudagent.toml",
     # What becomes a command of its user's.
     ".cloudagent/prompts",
 )
-_ORDINARY_WORK: Sequence[str] = ("conftest.py", "setup.py", "makefile", "gnumakefile", "package.json")
+_ORDINARY_WORK = ("conftest.py", "setup.py", "makefile", "gnumakefile", "package.json")
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 _GIT_SHORT_NAME = re.compile(r"(git|gitmod|gi[0-9a-f]{4}|gi7eba)~[0-9]+", re.IGNORECASE)
+# Letters and marks that nobody sees, beside the format characters that are refused anyway.
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+_PATH_LIMIT = 1000
+"""Bytes: less than the 1,024 of macOS, whose folder for temporary files is counted, too."""
 _SHOWN_LIMIT = 200
 
 
@@ -75,47 +91,56 @@ def check_changes(quarantine: Quarantine, files: Sequence[ChangedFile]) -> None:
     """Raises `UnsafeChange`, naming the path, for a change that is never written."""
     for file in files:
         check_path(file.path)
-        if file.new_mode == "160000" or file.old_mode == "160000":
-            raise unsafe(file.path, "is a submodule")
-        if file.new_mode not in ("000000", *_REGULAR, _SYMLINK):
-            raise unsafe(file.path, "is no ordinary file")
     _check_tree_modes(quarantine)
+    for file in files:
+        if "160000" in (file.new_mode, file.old_mode):
+            raise unsafe(file.path, "is a submodule")
     _check_limits(quarantine, files)
     quarantine.check_objects()
     modes = _modes(quarantine)
     _check_collisions([file.path for file in files if file.old_mode == "000000"], modes)
-    for file in files:
-        if file.new_mode == _SYMLINK:
-            _check_link(file.path, quarantine.run("cat-file", "blob", file.new_id).out, modes)
+    links = [file for file in files if file.new_mode == _SYMLINK]
+    targets = quarantine.contents(file.new_id for file in links)
+    for file in links:
+        _check_link(file.path, targets[file.new_id], modes)
 
 
+@functools.lru_cache(maxsize=100_000)
 def folded(name: str) -> str:
     """What a file system that ignores case, composition and invisible characters makes of a name."""
-    visible = "".join(c for c in unicodedata.normalize("NFC", name) if unicodedata.category(c) != "Cf")
+    visible = "".join(c for c in _UNSEEN.sub("", name) if unicodedata.category(c) != "Cf")
     return unicodedata.normalize("NFC", visible.casefold())
 
 
 def link_goal(path: str, target: str) -> str | None:
-    """Where a symlink leads, as a path in the tree; None when it leads out of it or into .git."""
-    if not target or target.startswith("/") or "\0" in target or "\\" in target:
+    """Where a symlink leads, as a path in the tree; None when it leads out of it or into .git, or may do so one day.
+
+    A way up is a way up from the symlink's own folder. After any other name it is one from wherever that leads, once it
+    is a symlink itself.
+    """
+    if not target or target.startswith("/") or any(odd in target for odd in "\0\\:"):
         return None
     parts = list(PurePosixPath(path).parts[:-1])
+    descended = False
     for part in target.split("/"):
         if part == "..":
-            if not parts:
+            if not parts or descended:
                 return None
             parts.pop()
         elif part not in ("", "."):
             if _is_git_folder(part):
                 return None
             parts.append(part)
+            descended = True
     return "/".join(parts)
 
 
 def check_path(path: str) -> None:
     """Raises `UnsafeChange` for a path that leads out of a tree, into git's folder, or elsewhere on other systems."""
-    if path.startswith("/") or len(path.encode("utf-8", "surrogateescape")) > 4096:
+    if path.startswith("/"):
         raise unsafe(path, "is no path in the tree")
+    if len(path.encode("utf-8", "surrogateescape")) > _PATH_LIMIT:
+        raise unsafe(path, "has a path that is too long")
     for part in path.split("/"):
         if part in ("", ".", ".."):
             raise unsafe(path, "leads out of the tree")
@@ -138,19 +163,13 @@ def _check_tree_modes(quarantine: Quarantine) -> None:
     # git reads every mode as one of its own, so a setuid bit can only be seen in a tree's bytes.
     out = quarantine.run("diff-tree", "-r", "-t", "-z", "--raw", "--no-renames", quarantine.base, quarantine.head).out
     fields = iter(out.decode("utf-8", "surrogateescape").split("\0")[:-1])
-    folders = {path: about.split(" ")[3] for about, path in zip(fields, fields, strict=True)}
-    trees = {path: name for path, name in folders.items() if not set(name) <= {"0"}}
-    root = quarantine.run("rev-parse", f"{quarantine.head}^{{tree}}").text
-    asked = "".join(f"{name}\n" for name in [root, *trees.values()]).encode()
-    objects = quarantine.run("cat-file", "--batch", stdin=asked).out
-    at = 0
-    for path in ["", *trees]:
-        end = objects.index(b"\n", at)
-        _, kind, size = objects[at:end].split(b" ")
-        data, at = objects[end + 1 : end + 1 + int(size)], end + 2 + int(size)
-        if kind != b"tree":
-            continue
-        id_length = len(quarantine.head) // 2
+    changed = ((path, about.split(" ")) for about, path in zip(fields, fields, strict=True))
+    folders = {path: name for path, (_, mode, _, name, _) in changed if mode == "040000"}
+    folders[""] = quarantine.run("rev-parse", f"{quarantine.head}^{{tree}}").text
+    trees = quarantine.contents(folders.values())
+    id_length = len(quarantine.head) // 2
+    for path, tree in folders.items():
+        data = trees[tree]
         while data:
             head, _, rest = data.partition(b"\0")
             mode, _, name = head.partition(b" ")
@@ -207,14 +226,16 @@ def _prefixes(path: str) -> list[str]:
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def matches(path: str, patterns: Sequence[str]) -> bool:
-    parts = [folded(part) for part in path.split("/")]
-    for pattern in patterns:
-        wanted = pattern.split("/")
-        for start in range(len(parts) - len(wanted) + 1):
-            if all(fnmatch.fnmatchcase(parts[start + i], glob) for i, glob in enumerate(wanted)):
-                return True
-    return False
+def matches(path: str, patterns: tuple[str, ...]) -> bool:
+    """Does a name, or several that follow each other, fit one of these?"""
+    return _any_of(patterns).search(f"/{folded(path)}/") is not None
+
+
+@functools.cache
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches between the slashes of a path that has one before and behind each name."""
+    names = (re.escape(pattern).replace(r"\*", "[^/]*") for pattern in patterns)
+    return re.compile(f"/(?:{'|'.join(names)})/", re.DOTALL)
 
 
 def unsafe(path: str, what: str) -> UnsafeChange:

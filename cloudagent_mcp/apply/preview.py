@@ -18,7 +18,7 @@ LARGE_BINARY = git.MB
 _LINK = "120000"
 
 # The first that fits says why; what is sensitive and fits none is told in general words.
-_REASONS: Sequence[tuple[str, Sequence[str]]] = (
+_REASONS: Sequence[tuple[str, tuple[str, ...]]] = (
     (
         "runs on `git commit` and other commands of git",
         (".husky", ".githooks", ".pre-commit-config.yaml", "lefthook.y*ml", ".lefthook.y*ml"),

@@ -16,6 +16,8 @@ from pathlib import Path
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# Of file systems that know no hard links, or none to this kind of file.
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL})
 _READ_LIMIT = 256 * 1024 * 1024
 
 
@@ -138,14 +140,16 @@ class Tree:
                     _check_unchanged(folder, name, path, expected)
                     os.unlink(name, dir_fd=folder)
                     return
+                if mode is None and expected is not None and not expected.link:
+                    mode = _with_executable(expected.mode, file.executable)
+                _make(folder, temporary, file, mode)
                 try:
-                    if mode is None and expected is not None and not expected.link:
-                        mode = _with_executable(expected.mode, file.executable)
-                    _make(folder, temporary, file, mode)
                     _check_unchanged(folder, name, path, expected)
-                    if expected is not None:
+                    if expected is None:
+                        _put_new(folder, temporary, name, path)
+                    else:
                         _keep_owner(folder, name, temporary)
-                    os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+                        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
                 except BaseException:
                     with suppress(OSError):
                         os.unlink(temporary, dir_fd=folder)
@@ -199,26 +203,49 @@ def _read(folder: int, name: str, path: str) -> File | None:
         if error.errno in (errno.ELOOP, errno.EINVAL, errno.ENXIO):  # swapped since the look at it
             raise InTheWay(path) from None
         raise
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode):
+        os.close(descriptor)
+        raise InTheWay(path)
     with os.fdopen(descriptor, "rb") as stream:
-        about = os.fstat(descriptor)
-        data = stream.read(_READ_LIMIT + 1) if stat.S_ISREG(about.st_mode) else b""
-        if not stat.S_ISREG(about.st_mode) or len(data) > _READ_LIMIT:
-            raise InTheWay(path)
-        return File(data, mode=stat.S_IMODE(about.st_mode))
+        data = stream.read(_READ_LIMIT + 1)
+    if len(data) > _READ_LIMIT:
+        raise InTheWay(path)
+    return File(data, mode=stat.S_IMODE(about.st_mode))
 
 
 def _make(folder: int, name: str, file: File, mode: int | None) -> None:
+    """All of it, or nothing. What has that name already is left alone: `FileExistsError`."""
     if file.link:
         os.symlink(os.fsdecode(file.data), name, dir_fd=folder)
         return
     # Without a mode the umask of the process decides.
     descriptor = os.open(name, _NEW, 0o777 if file.executable else 0o666, dir_fd=folder)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(file.data)
-        if mode is not None:
-            os.fchmod(descriptor, mode)
-        stream.flush()
-        os.fsync(descriptor)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(file.data)
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            stream.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name, dir_fd=folder)
+        raise
+
+
+def _put_new(folder: int, temporary: str, name: str, path: str) -> None:
+    """Rename a file to a name that nothing has, not even since a moment ago. Raises `Changed`."""
+    try:
+        os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    except FileExistsError:
+        raise Changed(path) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    else:
+        os.unlink(temporary, dir_fd=folder)
 
 
 def _with_executable(mode: int, executable: bool) -> int:

@@ -1,4 +1,5 @@
-"""What it takes to hand a large working tree to a server, as ratios to `git bundle create`. Gates nothing."""
+"""What it takes to hand a large working tree to a server, and to apply a large result, as ratios to what git itself
+takes. Gates nothing."""
 
 from __future__ import annotations
 
@@ -10,15 +11,18 @@ from random import Random
 import anyio
 import pytest
 
+from cloudagent_mcp.apply import apply, undo
 from cloudagent_mcp.hand_over import for_server
 from cloudagent_mcp.remote_server import RemoteServer
 from cloudagent_mcp.settings import Settings
+from cloudagent_queue.repository import bundle_working_tree
+from tests.support.git_repos import Workshop
 from tests.support.served import KEY, served
 from tests.support.worlds import World, git
 
 pytestmark = pytest.mark.benchmark
 
-FILES, CHANGED, ROUNDS = 10_000, 10, 3
+FILES, CHANGED, APPLIED, ROUNDS = 10_000, 10, 1_000, 3
 
 
 def write(folder: Path, number: int, seed: int) -> None:
@@ -27,6 +31,19 @@ def write(folder: Path, number: int, seed: int) -> None:
     path = folder / f"d{number % 100}" / f"f{number}.py"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(f"x{word}" for word in words))
+
+
+def large_tree(folder: Path) -> Path:
+    """A repository of such files, packed."""
+    folder.mkdir()
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "config", "gc.auto", "0")
+    for number in range(FILES):
+        write(folder, number, 0)
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "all")
+    git(folder, "gc", "-q")
+    return folder
 
 
 def bundle(folder: Path, *what: str) -> tuple[float, int]:
@@ -38,15 +55,7 @@ def bundle(folder: Path, *what: str) -> tuple[float, int]:
 
 
 def test_upload_of_a_large_tree(world: World, tmp_path: Path) -> None:
-    folder = tmp_path / "large"
-    folder.mkdir()
-    git(folder, "init", "-q", "-b", "main")
-    git(folder, "config", "gc.auto", "0")
-    for number in range(FILES):
-        write(folder, number, 0)
-    git(folder, "add", "-A")
-    git(folder, "commit", "-q", "-m", "all")
-    git(folder, "gc", "-q")
+    folder = large_tree(tmp_path / "large")
 
     def change(seed: int) -> None:
         for number in range(CHANGED):
@@ -91,3 +100,42 @@ def test_upload_of_a_large_tree(world: World, tmp_path: Path) -> None:
             print(f"  again:  {again:.2f} s, {sent / 1e3:.0f} kB; git bundle create {floor:.2f} s, {size / 1e3:.0f} kB")
         same, sent = upload()
         print(f"  as it was: {same:.2f} s, {sent:.0f} bytes")
+
+
+def test_apply_of_a_large_result(tmp_path: Path) -> None:
+    shop = large_tree(tmp_path / "shop")
+    workshop = Workshop(tmp_path / "workshop", bundle_working_tree(shop, base_ref=None).bundle)
+    changed = [path.relative_to(shop) for path in sorted(shop.glob("d*/*.py"))[:APPLIED]]
+    result = workshop.result({str(path): f"{(shop / path).read_text()}\nmore" for path in changed})
+    diff = ["diff", "--binary", "--full-index", result.base_sha, result.branch]
+    patch = subprocess.run(["git", *diff], cwd=workshop.folder, check=True, capture_output=True).stdout
+
+    git(tmp_path, "clone", "-q", str(shop), "floor")
+
+    def by_git() -> float:
+        # What an earlier round has written is there already, and git takes a file for changed that was written anew.
+        git(tmp_path / "floor", "reset", "-q", "--hard")
+        git(tmp_path / "floor", "prune", "--expire=now")
+        started = time.monotonic()
+        subprocess.run(["git", "apply", "--3way"], cwd=tmp_path / "floor", input=patch, check=True, capture_output=True)
+        return time.monotonic() - started
+
+    def by_us() -> tuple[float, float]:
+        started = time.monotonic()
+        apply(
+            shop,
+            task_id=result.task_id,
+            branch=result.branch,
+            base_sha=result.base_sha,
+            input_bundle=result.input_bundle,
+            result_bundle=result.result_bundle,
+            state_folder=tmp_path / "state",
+        )
+        applied = time.monotonic()
+        undo(shop, task_id=result.task_id, state_folder=tmp_path / "state")
+        return applied - started, time.monotonic() - applied
+
+    print(f"\n{APPLIED} of {FILES} files changed")
+    for _ in range(ROUNDS):
+        floor, (applied, undone) = by_git(), by_us()
+        print(f"  git apply --3way {floor:.2f} s; apply {applied:.2f} s ({applied / floor:.1f}x); undo {undone:.2f} s")

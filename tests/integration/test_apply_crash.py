@@ -5,167 +5,53 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cloudagent_mcp.apply import apply, undo
-from cloudagent_mcp.apply.journal import Journal
-from cloudagent_mcp.apply.tree import Tree
+from cloudagent_mcp.apply.journal import Journal, Step
+from cloudagent_mcp.apply.tree import File, Tree
 from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import ApplyConflict, NothingToUndo, TargetNotAllowed
 from tests.support.git_repos import Result, Workshop, files_of, make_repository, put
 
-# Every call with which a file system is changed dies, one after the other, in a process of its own.
-DIE_EVERYWHERE = '''
-import json, os, shutil, sys
-from pathlib import Path
-from cloudagent_mcp.apply.journal import Journal, Step
-from cloudagent_mcp.apply.tree import File, Tree
-from tests.support.git_repos import fingerprint
 
-folder = Path(sys.argv[1])
-template, tree, state = folder / "template", folder / "tree", folder / "state"
-(template / "sub" / "deep").mkdir(parents=True)
-(template / "becomes-file").mkdir()
-for name in ("a", "b", "c", "sub/deep/d", "becomes-folder", "becomes-file/x", "sub/e"):
-    (template / name).write_text(f"{name} before")
-(template / "b").chmod(0o640)
-(template / "sub").chmod(0o750)
-(template / "link").symlink_to("a")
-AFTER = {
-    "a": File(b"a after"), "b": File(b"b after", mode=0o755), "c": None, "sub/deep/d": None, "sub/e": File(b"e"),
-    "new/er/f": File(b"f after"), "new/g": File(b"g after"), "becomes-folder": None, "becomes-folder/h": File(b"h"),
-    "becomes-file/x": None, "becomes-file": File(b"file"), "link": File(b"b", link=True),
-    "link2": File(b"a", link=True),
-}
-
-
-def begin(opened):
-    before = {}
-    for path in AFTER:
-        try:
-            before[path] = opened.read(path)
-        except Exception:
-            before[path] = None
-    steps = [Step(path, before[path], after) for path, after in AFTER.items()]
-    return Journal.begin(state / "task", opened, steps, about={}), steps
-
-
-def do():
-    opened = Tree(tree)
-    journal, steps = begin(opened)
-    journal.write(opened, steps)
-
-
-def recover():
-    opened = Tree(tree)
-    journal = Journal.open(state / "task") if (state / "task").is_dir() else None
-    if journal is not None and not journal.done:
-        assert journal.take_back(opened) == []
-
-
-def take_back():
-    opened = Tree(tree)
-    assert Journal.open(state / "task").take_back(opened) == []
-
-
-def dies(action, at):
-    """Run it in a process that dies before its call number `at`; True if it came so far."""
-    child = os.fork()
-    if child:
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code in (0, 9), code
-        return code == 9
-    calls = 0
-
-    def dying(function):
-        def call(*arguments, **options):
-            nonlocal calls
-            if function is not real_open or arguments[1] & os.O_CREAT:
-                calls += 1
-                if calls == at:
-                    os._exit(9)
-            return function(*arguments, **options)
-        return call
-
-    real_open = os.open
-    for name in ("open", "rename", "unlink", "mkdir", "rmdir", "symlink", "fsync", "fchmod", "chown"):
-        setattr(os, name, dying(getattr(os, name)))
-    action()
-    os._exit(0)
-
-
-def fresh():
-    for path in (tree, state):
-        shutil.rmtree(path, ignore_errors=True)
-    shutil.copytree(template, tree, symlinks=True)
-    state.mkdir()
-
-
-fresh()
-before = fingerprint(tree)
-do()
-after = fingerprint(tree)
-assert before != after
-take_back()
-assert fingerprint(tree) == before
-
-crashes = between = torn_then_dead = 0
-for at in range(1, 1000):
-    fresh()
-    if not dies(do, at):
-        break
-    crashes += 1
-    between += fingerprint(tree) not in (before, after)
-    if at % 7 == 0:  # die in the recovery, too, at each of its calls
-        torn = folder / "torn"
-        for second in range(1, 1000):
-            shutil.rmtree(torn, ignore_errors=True)
-            shutil.copytree(tree, torn / "tree", symlinks=True)
-            shutil.copytree(state, torn / "state")
-            died = dies(recover, second)
-            torn_then_dead += died
-            recover()
-            assert fingerprint(tree) in (before, after), (at, second)
-            for name in ("tree", "state"):
-                shutil.rmtree(folder / name)
-                shutil.copytree(torn / name, folder / name, symlinks=True)
-            if not died:
-                break
-    recover()
-    assert fingerprint(tree) in (before, after), at
-undone = 0
-for at in range(1, 1000):
-    fresh()
-    do()
-    if not dies(take_back, at):
-        break
-    undone += 1
-    recover()
-    assert fingerprint(tree) in (before, after), at
-print(json.dumps({"crashes": crashes, "between": between, "in_recovery": torn_then_dead, "in_undo": undone}))
-'''
-
-
-def test_whatever_call_it_dies_in_the_tree_is_before_or_after() -> None:
+def die(what: str, stride: int) -> dict[str, int]:
+    """How often it died where, and was right afterwards."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # thousands of fsyncs
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", DIE_EVERYWHERE, folder],
+            [sys.executable, "-W", "ignore", "-m", "tests.support.dying", what, folder, str(stride)],
             cwd=Path(__file__).parents[2],
-            env={"PATH": os.environ["PATH"]},
+            env={"PATH": os.environ["PATH"], "HOME": folder, "TMPDIR": folder},
             capture_output=True,
             text=True,
         )
     assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
-    assert counts["crashes"] > 50
-    assert counts["between"] > 20, "the crashes came at moments when a recovery had nothing to do"
-    assert counts["in_recovery"] > 100 and counts["in_undo"] > 20
+    return json.loads(done.stdout)
+
+
+def test_at_whatever_write_it_dies_the_next_start_finds_the_tree_as_before_or_as_wanted(
+    request: pytest.FixtureRequest,
+) -> None:
+    counts = die("journal", 1 if request.config.getoption("--full") else 20)
+    assert counts["writing"] > 100
+    assert counts["between"] > 50, "the crashes came at moments when the next start had nothing to do"
+    assert counts["starting again"] > 100 and counts["undoing"] > 50
+
+
+def test_at_whatever_write_a_whole_apply_or_undo_dies_the_next_one_puts_it_right(
+    request: pytest.FixtureRequest,
+) -> None:
+    counts = die("apply", 1 if request.config.getoption("--full") else 13)
+    assert counts["applying"] > 8 and counts["undoing"] > 2
 
 
 @pytest.fixture
@@ -197,6 +83,25 @@ class Died(BaseException):
     """The process is no more."""
 
 
+def fails_at(number: int, error: BaseException, patch: pytest.MonkeyPatch) -> None:
+    """The file of that number is not put in place."""
+    put_in_place = 0
+
+    def failing(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any, **options: Any) -> None:
+            nonlocal put_in_place
+            if "src_dir_fd" in options:
+                put_in_place += 1
+                if put_in_place == number:
+                    raise error
+            function(*arguments, **options)
+
+        return call
+
+    for name in ("rename", "link"):
+        patch.setattr(os, name, failing(getattr(os, name)))
+
+
 def do_nothing(journal: Journal, tree: Tree) -> list[str]:
     return []
 
@@ -206,19 +111,8 @@ def test_the_next_call_takes_back_what_a_dead_one_began(
     shop: Path, result: Result, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files_of(shop)
-    renames = 0
-    rename = os.rename
-
-    def dying(*arguments: object, **options: object) -> None:
-        nonlocal renames
-        if "src_dir_fd" in options:
-            renames += 1
-            if renames == at:
-                raise Died()
-        rename(*arguments, **options)  # pyright: ignore[reportArgumentType]
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", dying)
+        fails_at(at, Died(), patch)
         patch.setattr(Journal, "take_back", do_nothing)
         with pytest.raises(Died):
             run_apply(shop, result)
@@ -236,18 +130,7 @@ def test_a_write_that_fails_takes_the_others_back(
     shop: Path, result: Result, at: int, problem: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files_of(shop)
-    renames = 0
-    rename = os.rename
-
-    def failing(*arguments: object, **options: object) -> None:
-        nonlocal renames
-        if "src_dir_fd" in options:
-            renames += 1
-            if renames == at:
-                raise OSError(problem, "no")
-        rename(*arguments, **options)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setattr(os, "rename", failing)
+    fails_at(at, OSError(problem, "no"), monkeypatch)
     with pytest.raises(TargetNotAllowed, match="full" if problem == errno.ENOSPC else "may not be written"):
         run_apply(shop, result)
     assert files_of(shop) == before
@@ -268,3 +151,23 @@ def test_a_file_that_the_user_saves_in_that_very_moment_is_not_lost(
     with pytest.raises(ApplyConflict, match=r"4\.txt"):
         run_apply(shop, result)
     assert files_of(shop) == {**before, "4.txt": (before["4.txt"][0], b"mine\n")}
+
+
+def test_a_journal_is_forgotten_before_its_originals_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order a file system lists them: without originals a journal could only do harm."""
+    put(tmp_path, {"tree/a": "a\n"})
+    tree = Tree(tmp_path / "tree")
+    steps = [Step("a", tree.read("a"), File(b"after"))]
+    journal = Journal.begin(tmp_path / "state", tree, steps, about={})
+    journal.write(tree, steps)
+
+    def dies(*_: object, **__: object) -> None:
+        raise Died()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(Died):
+            journal.take_back(tree)
+    assert (tmp_path / "tree/a").read_text() == "a\n"
+    assert Journal.open(tmp_path / "state") is None
+    tree.close()

@@ -24,6 +24,7 @@ from cloudagent_storage.errors import (
     UnsafeChange,
 )
 from cloudagent_storage.records import short_id
+from tests.support.forge import hostile
 from tests.support.git_repos import (
     Result,
     Workshop,
@@ -458,7 +459,7 @@ def test_the_same_is_refused_everywhere(desk: Desk, destination: Destination) ->
     workshop = desk.workshop()
     for entry in ((b"120000", b"out", b"../../etc"), (b"160000", b"new/mod", b"x"), (b"100644", b"a%2fb", b"x")):
         mode, path, content = entry
-        desk.refuses(UnsafeChange, workshop.hostile((mode.decode(), path, content)), destination)
+        desk.refuses(UnsafeChange, hostile(workshop, (mode.decode(), path, content)), destination)
     desk.refuses(ConfirmationNeeded, workshop.result({".envrc": "x\n"}), destination)
 
 

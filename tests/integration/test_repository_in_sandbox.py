@@ -25,6 +25,7 @@ from cloudagent_queue.repository.bundles import Changes
 from cloudagent_queue.sandboxes import Provider, Sandbox
 from cloudagent_queue.sandboxes.local import LocalProvider, UnsafeProcessProvider
 from cloudagent_storage.errors import SandboxError, UnsafeChange
+from tests.support.forge import hostile
 from tests.support.git_repos import Result, Workshop, commit, git, make_repository
 from tests.support.worlds import until
 
@@ -353,7 +354,7 @@ def test_a_result_whose_head_is_no_commit_is_refused(workshop: Workshop) -> None
 @pytest.mark.parametrize("name", [b"..", b".git", b"..%2fevil", b".GIT", b"git~1"])
 def test_malformed_objects_of_a_result_are_refused(workshop: Workshop, name: bytes) -> None:
     with pytest.raises(UnsafeChange):
-        look(workshop.hostile(("100644", name, b"x")))
+        look(hostile(workshop, ("100644", name, b"x")))
 
 
 def test_old_flaws_in_the_input_are_forgiven(tmp_path: Path) -> None:

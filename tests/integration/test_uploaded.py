@@ -20,6 +20,7 @@ from cloudagent_storage.errors import (
     RepositoryTooLarge,
     UploadIncomplete,
 )
+from tests.support.forge import hostile
 from tests.support.git_repos import Workshop, commit, files_of, git, make_repository, put
 
 FILE, LINK, SUBMODULE = "100644", "120000", "160000"
@@ -180,14 +181,14 @@ def test_files_that_no_working_tree_may_hold_are_refused(
     shop: Path, tmp_path: Path, what: tuple[str, bytes, bytes]
 ) -> None:
     workshop = Workshop(tmp_path / "workshop", bundle_working_tree(shop, base_ref=None).bundle)
-    result = workshop.hostile(what)
+    result = hostile(workshop, what)
     (tip, _) = read_header(result.result_bundle).refs[0]
     refused(bundle_of(workshop.folder, tip))
 
 
 def test_a_submodule_a_link_and_the_flaws_of_old_tools_are_taken(shop: Path, tmp_path: Path) -> None:
     workshop = Workshop(tmp_path / "workshop", bundle_working_tree(shop, base_ref=None).bundle)
-    result = workshop.hostile((SUBMODULE, b"vendor", b"somewhere"), (LINK, b"out", b"../outside"))
+    result = hostile(workshop, (SUBMODULE, b"vendor", b"somewhere"), (LINK, b"out", b"../outside"))
     (tip, _) = read_header(result.result_bundle).refs[0]
     assert import_upload(bundle_of(workshop.folder, tip), nothing).base_sha == tip
     tree = git(workshop.folder, "rev-parse", f"{tip}^{{tree}}")

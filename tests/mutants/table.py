@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.mutants import of_cloud, of_store, of_workers
+from tests.mutants import of_cloud, of_hand_off, of_store, of_workers
 
-MUTANTS = (*of_store.MUTANTS, *of_workers.MUTANTS, *of_cloud.MUTANTS)
+MUTANTS = (*of_store.MUTANTS, *of_workers.MUTANTS, *of_cloud.MUTANTS, *of_hand_off.MUTANTS)

@@ -1,8 +1,7 @@
-"""Real repositories and real results, honest ones made by git and hostile ones written object by object."""
+"""Real repositories, and honest results that git made of them; hostile ones are made in forge.py."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import stat
@@ -10,7 +9,6 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from cloudagent_queue.repository.bundles import BASE_BRANCH, empty_repository, read_header
 from cloudagent_storage.records import branch_name, new_id
@@ -28,9 +26,6 @@ ENVIRONMENT = {
 
 Content = str | bytes | None
 """A file's content; None deletes it. A value that begins with `-> ` is where a symlink leads."""
-
-Node: TypeAlias = "dict[bytes, Node] | tuple[str, bytes | str]"
-"""A folder, or a file's mode with its content or the id of an object."""
 
 
 def git(folder: Path, *arguments: str, stdin: bytes = b"") -> str:
@@ -111,23 +106,6 @@ class Workshop:
         git(self.folder, "commit", "--quiet", "--allow-empty", "--message", "Work")
         return self.of(git(self.folder, "rev-parse", "HEAD"))
 
-    def hostile(self, *entries: tuple[str, bytes, bytes], keep: bool = True) -> Result:
-        """A result whose tree is the base's and these (mode, path, content), in which nothing is checked.
-
-        A path's components are folders; `%2f` in one is a slash in a name.
-        """
-        tree = self._tree_of_base() if keep else {}
-        for mode, path, content in entries:
-            *above, name = (part.replace(b"%2f", b"/") for part in path.split(b"/"))
-            folder = tree
-            for part in above:
-                inner = folder.setdefault(part, {})
-                assert isinstance(inner, dict)
-                folder = inner
-            folder[name] = (mode, content)
-        commit = git(self.folder, "commit-tree", self._write(tree), "-p", self.base_sha, "-m", "Work")
-        return self.of(commit)
-
     def of(self, tip: str) -> Result:
         """The result whose newest commit is that."""
         task_id = new_id("task")
@@ -136,34 +114,6 @@ class Workshop:
         target = self.folder / ".git" / "result"
         git(self.folder, "bundle", "create", "--quiet", str(target), f"refs/heads/{branch}", f"^{self.base_sha}")
         return Result(task_id, branch, self.base_sha, self.input_bundle, target.read_bytes())
-
-    def _tree_of_base(self) -> dict[bytes, Node]:
-        tree: dict[bytes, Node] = {}
-        for line in git(self.folder, "ls-tree", "-z", self.base_sha).split("\0"):
-            if line:
-                about, name = line.split("\t")
-                mode, _, sha = about.split(" ")
-                tree[name.encode()] = (mode, sha)
-        return tree
-
-    def _write(self, tree: dict[bytes, Node]) -> str:
-        entries: list[tuple[bytes, bytes, bytes]] = []
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                mode, sha = "40000", self._write(value)
-            else:
-                mode, content = value
-                if isinstance(content, str):
-                    sha = content
-                elif mode == "160000":
-                    sha = hashlib.sha1(content).hexdigest()
-                else:
-                    sha = git(self.folder, "hash-object", "-w", "--stdin", stdin=content)
-            mode = mode.lstrip("0")
-            order = name + b"/" if mode == "40000" else name
-            entries.append((order, mode.encode() + b" " + name + b"\0", bytes.fromhex(sha)))
-        data = b"".join(head + sha for _, head, sha in sorted(entries))
-        return git(self.folder, "hash-object", "-t", "tree", "-w", "--literally", "--stdin", stdin=data)
 
 
 def fingerprint(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, tuple[int, bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -209,7 +210,7 @@ def test_what_is_no_conversation_is_refused(hostile: bytes, kind: type[SessionRe
 
 
 def test_what_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, value in (("MOST_RECORDS", 4), ("LARGEST_RECORD", 200), ("LARGEST", 1000)):
+    for limit, value in (("MOST_RECORDS", 4), ("LARGEST_RECORD", 200), ("LARGEST", 1000), ("_LARGEST_WHOLE", 1000)):
         with monkeypatch.context() as patched:
             read_conversation(session(), folder=HERE)
             patched.setattr(claude_session, limit, value)
@@ -257,3 +258,94 @@ def test_whatever_a_field_holds_the_session_is_refused_or_taken_over_whole(at: i
     assert found.turns == count_turns_of_session(hostile) == len(found.data.splitlines())
     for line in found.data.splitlines():
         assert json.loads(line)["cwd"] == HERE
+
+
+# -- whole records ----------------------------------------------------------------------------------------------------
+
+
+KEPT = {
+    *["parentUuid", "isSidechain", "userType", "entrypoint", "cwd", "sessionId", "version", "type", "uuid"],
+    *["timestamp", "message", "promptId", "sourceToolAssistantUUID", "isCompactSummary", "isVisibleInTranscriptOnly"],
+    *["isApiErrorMessage", "attachment", "subtype", "content", "level", "compactMetadata"],
+}
+ACTS = {
+    "permissionMode": "bypassPermissions",
+    "hooks": {"PreToolUse": [{"hooks": [{"type": "command", "command": "evil"}]}]},
+    "settings": {"permissions": {"allow": ["Bash(*)"]}},
+    "toolUseResult": {"filePath": "/etc/passwd"},
+    "permissionDecision": {"decision": "accept"},
+    "mcpMeta": {"evil": True},
+    "isMeta": True,
+}
+"""Fields by which a program acts; none of them is part of what was said."""
+BLOCKS = st.one_of(
+    st.builds(told, st.text(max_size=5)),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "image", "tool_use", "hook", "x"])},
+        optional=dict.fromkeys(["text", "source", "input", "content", "hooks", "cache_control"], JSON),
+    ),
+)
+CONTENTS = st.text(max_size=5) | st.lists(BLOCKS, max_size=3)
+RECORDS = st.lists(
+    st.tuples(
+        st.sampled_from(["user", "assistant", "attachment", "system", "mode", "permission-mode", "hook", "summary"]),
+        CONTENTS,
+        st.sampled_from([None, *range(12)]),
+        st.dictionaries(st.sampled_from(sorted(ACTS)), st.none()),
+        st.sampled_from([{}, {"isSidechain": True}, {"subtype": "compact_boundary"}, {"message": 5}, {"uuid": None}]),
+    ),
+    max_size=8,
+)
+
+
+@given(made=RECORDS)
+def test_whatever_the_records_are_the_session_is_refused_or_holds_all_that_was_said_and_nothing_that_acts(
+    made: list[tuple[str, Any, int | None, dict[str, None], dict[str, Any]]],
+) -> None:
+    records: list[dict[str, Any]] = []
+    for number, (kind, content, parent, acts, odd) in enumerate(made):
+        message = {"role": kind, "content": content, **{name: ACTS[name] for name in acts}}
+        attachment = {"type": "queued_command", "prompt": content, **{name: ACTS[name] for name in acts}}
+        about = {"message": message, "attachment": attachment, "compactMetadata": {"hooks": ACTS["hooks"]}}
+        records.append(record(number, kind, parent, **{**about, **{name: ACTS[name] for name in acts}, **odd}))
+    hostile = session(records)
+    try:
+        found = read_conversation(hostile, folder=HERE)
+    except SessionRefused as refused:
+        assert refused.code in ("session_malformed", "session_too_large")
+        return
+    assert found.turns == count_turns_of_session(hostile) > 0
+    seen: list[str | None] = [None]
+    for line in found.data.splitlines():
+        one = json.loads(line)
+        assert one.keys() <= KEPT and one["cwd"] == HERE and one["parentUuid"] in seen
+        assert not {*one.get("message", {}), *one.get("attachment", {}), *one.get("compactMetadata", {})} & ACTS.keys()
+        seen.append(one["uuid"])
+
+
+@pytest.mark.parametrize("depth", [10, 200, 300, 400, 450, 480, 500, 900, 990, 2_000, 100_000])
+def test_what_is_nested_deeply_is_refused_or_taken_over_whole(depth: int) -> None:
+    for opening, closing in (
+        ('{"type":"tool_result","tool_use_id":"t","content":[', "]}"),
+        ('{"type":"tool_use","id":"t","name":"n","input":{"a":[', "]}}"),
+        ("[", "]"),
+    ):
+        line = json.dumps(user(1, ["HERE"])).replace('"HERE"', opening * depth + closing * depth)
+        try:
+            assert read_conversation(session([line]), folder=HERE).turns == 1
+        except SessionRefused as refused:
+            assert refused.code == "session_malformed"
+
+
+def test_a_part_that_is_nested_more_deeply_than_can_be_followed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Python whose JSON goes deeper than its functions do."""
+    nested: dict[str, Any] = told("x")
+    for _ in range(sys.getrecursionlimit()):
+        nested = {"type": "tool_result", "tool_use_id": "t", "content": [nested]}
+
+    def deeper(_: str) -> list[dict[str, Any]]:
+        return [user(1, [nested])]
+
+    monkeypatch.setattr(claude_session, "_records", deeper)
+    with pytest.raises(SessionMalformed, match="too deeply"):
+        read_conversation(session(), folder=HERE)

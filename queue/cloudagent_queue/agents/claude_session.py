@@ -21,6 +21,8 @@ from cloudagent_storage.errors import SessionMalformed, SessionTooLarge
 
 LARGEST = 50_000_000
 """Bytes of a transcript; the runner collects no more."""
+_LARGEST_WHOLE = 4 * LARGEST
+"""Bytes of what is read at all: transcripts, in the longer form that they have within JSON."""
 LARGEST_RECORD = 20_000_000
 """An image of the largest size that the API takes is 7 MB."""
 MOST_RECORDS = 100_000
@@ -80,7 +82,10 @@ def read_conversation(session: bytes, *, folder: str, new_id: str | None = None)
             continue
         uuid, parent = record.get("uuid"), record.get("parentUuid")
         above = None if parent is None else stands_for.get(str(parent), last)
-        kept = _KNOWN[str(record["type"])](record) if str(record.get("type")) in _KNOWN else None
+        try:
+            kept = _KNOWN[str(record["type"])](record) if str(record.get("type")) in _KNOWN else None
+        except RecursionError:
+            raise SessionMalformed("A message of the session is nested too deeply.") from None
         if not _is(uuid, _UUID):
             if kept is not None:
                 raise SessionMalformed("A message of the session has no id.")
@@ -151,6 +156,8 @@ def without_costs(session: bytes) -> bytes:
 
 def _main_file(session: bytes) -> tuple[str, str]:
     """The session's id and its main transcript."""
+    if len(session) > _LARGEST_WHOLE:
+        raise SessionTooLarge()
     try:
         found = json.loads(session)
     except (ValueError, RecursionError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,8 @@ BINARY_DIFF_LIMIT = 10 * git.MB
 """A larger file is only named in a diff, not contained."""
 
 MEMORY_LIMIT = 3 * 1024 * git.MB
+NAMES_LIMIT = 64 * git.MB
+"""Of all paths of a result together: five times those of the largest repositories."""
 _HEADER_LIMIT = 64 * 1024
 _FORMATS = {"sha1": 40, "sha256": 64}
 _STATUS = {"A": "added", "M": "modified", "D": "deleted", "R": "renamed", "C": "added", "T": "modified"}
@@ -170,6 +172,7 @@ class Quarantine:
                 quarantine._expect_commits([head])
                 # Everything that the result needs is there, and nothing of it is read from anywhere else.
                 quarantine.run("rev-list", "--objects", "--quiet", head, "--not", base_sha)
+                quarantine._expect_few_names()
                 quarantine.run("update-ref", ref, head)
             except (ValueError, git.GitFailed) as error:
                 raise UnsafeChange("The result is no well-formed git bundle on top of the task's base.") from error
@@ -179,11 +182,17 @@ class Quarantine:
         """git in the quarantine, with limits on time and memory."""
         return git.run(*arguments, folder=self.folder, max_memory=MEMORY_LIMIT, **options)  # pyright: ignore[reportArgumentType]
 
-    def changed_files(self, *, renames: bool) -> tuple[ChangedFile, ...]:
-        """What differs between base and result."""
-        how = "-M" if renames else "--no-renames"
-        options = ["-r", "-z", how, "-l1000", "--raw", "--numstat", "--full-index", "--no-ext-diff", "--no-textconv"]
-        out = self.run("diff-tree", *options, self.base, self.head).out
+    def changed_files(self, *, renames: bool, lines: bool = True) -> tuple[ChangedFile, ...]:
+        """What differs between base and result. Without `lines` none are counted, and no content is read.
+
+        Raises `UnsafeChange` where git cannot tell, in bounds of time and memory.
+        """
+        how = ["-M" if renames else "--no-renames", "-l1000", *(["--numstat"] if lines else [])]
+        options = ["-r", "-z", *how, "--raw", "--full-index", "--no-ext-diff", "--no-textconv"]
+        try:
+            out = self.run("diff-tree", *options, self.base, self.head).out
+        except (git.GitFailed, git.TooMuchOutput):
+            raise UnsafeChange("The result's files cannot be compared with those that the task started from.") from None
         fields = iter(out.decode("utf-8", "surrogateescape").split("\0")[:-1])
         files: list[ChangedFile] = []
         counted = 0
@@ -212,6 +221,18 @@ class Quarantine:
         out = self.run("cat-file", "--batch-check=%(objectname) %(objectsize)", stdin=asked).text
         return {name: int(size) for name, size in (line.split(" ") for line in out.splitlines())}
 
+    def contents(self, ids: Iterable[str]) -> dict[str, bytes]:
+        """What these objects hold. They have to be there."""
+        asked = list(dict.fromkeys(ids))
+        out = self.run("cat-file", "--batch", stdin="".join(f"{name}\n" for name in asked).encode()).out
+        found: dict[str, bytes] = {}
+        at = 0
+        for name in asked:
+            end = out.index(b"\n", at)
+            size = int(out[at:end].split(b" ")[2])
+            found[name], at = out[end + 1 : end + 1 + size], end + size + 2
+        return found
+
     def check_objects(self) -> None:
         """Have git check every object of the result: malformed ones, and names that no working tree may hold.
 
@@ -221,6 +242,13 @@ class Quarantine:
             self.run("index-pack", "--strict", "--fix-thin", "--stdin", stdin=self._result_pack)
         except git.GitFailed:
             raise UnsafeChange("The result holds objects that git does not accept.") from None
+
+    def _expect_few_names(self) -> None:
+        # A few objects can stand for a billion files: whatever lists them has to find out in time.
+        try:
+            self.run("ls-tree", "-r", "-z", "--name-only", self.head, max_bytes=NAMES_LIMIT)
+        except git.TooMuchOutput:
+            raise UnsafeChange("The result holds more files than any working tree.") from None
 
     def _expect_commits(self, ids: Sequence[str]) -> None:
         asked = "".join(f"{name}\n" for name in ids).encode()
