@@ -287,12 +287,13 @@ def _plan(
         )
         as_place.check_free(target, name, path, commits, fingerprint)
         note = f" {_what_is_in(commits)}"
+    files = files_of(quarantine, changes, merged=[step.path for step in steps if step.merged])
     return _Plan(
         target=target,
         quarantine=quarantine,
         destination=destination,
-        files=files_of(quarantine, changes, merged=[step.path for step in steps if step.merged]),
-        dangers=dangers_of(quarantine, changes, earlier=earlier),
+        files=files,
+        dangers=dangers_of(quarantine, changes, binary={file.path for file in files if file.binary}, earlier=earlier),
         sensitive=frozenset(sensitive),
         steps=tuple(steps),
         branch=name,

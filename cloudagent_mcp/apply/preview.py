@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from cloudagent_mcp.apply.journal import Step
@@ -91,11 +91,11 @@ def why_sensitive(path: str) -> str:
 
 
 def dangers_of(
-    quarantine: Quarantine, changes: Sequence[ChangedFile], *, earlier: Sequence[str] = ()
+    quarantine: Quarantine, changes: Sequence[ChangedFile], *, binary: Container[str], earlier: Sequence[str] = ()
 ) -> tuple[Danger, ...]:
-    """What somebody should know, those first that need to be named. `earlier` are sensitive files that only commits
-    before the last one have."""
-    large = [file for file in changes if file.binary and file.new_mode not in ("000000", _LINK)]
+    """What somebody should know, those first that need to be named. `binary` ones are told by git; `earlier` are
+    sensitive files that only commits before the last one have."""
+    large = [file for file in changes if file.path in binary and file.new_mode not in ("000000", _LINK)]
     sizes = quarantine.sizes([file.new_id for file in large])
     found: list[tuple[int, Danger]] = [
         (0, Danger(path=path, why=f"{why_sensitive(path)}; in an earlier commit of the branch")) for path in earlier

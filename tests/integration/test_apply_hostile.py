@@ -81,7 +81,7 @@ def test_a_sensitive_file_is_refused_whether_it_is_new_changed_or_deleted(premis
     for files in changes:
         with pytest.raises(ConfirmationNeeded) as refused:
             premises.apply(workshop.result(files))
-        assert [*files] == [*refused.value.files] and next(iter(files)) in refused.value.message
+        assert [*files] == [path for path, _ in refused.value.files] and next(iter(files)) in refused.value.message
         assert premises.look() == before
 
 

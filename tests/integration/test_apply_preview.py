@@ -209,19 +209,23 @@ def do_nothing(journal: Journal, tree: Tree) -> list[str]:
 
 
 def die_in_apply(shop: Path, result: Result, monkeypatch: pytest.MonkeyPatch, *, at: int = 2) -> None:
-    renames, rename = 0, os.rename
+    placed = 0
 
-    def dying(*arguments: object, **options: object) -> None:
-        nonlocal renames
-        if "src_dir_fd" in options:
-            renames += 1
-            if renames == at:
-                raise Died()
-        rename(*arguments, **options)  # pyright: ignore[reportArgumentType]
+    def dying(way: Callable[..., None]) -> Callable[..., None]:
+        def place(*arguments: object, **options: object) -> None:
+            nonlocal placed
+            if "src_dir_fd" in options:
+                placed += 1
+                if placed == at:
+                    raise Died()
+            way(*arguments, **options)
+
+        return place
 
     before = files_of(shop)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", dying)
+        patch.setattr(os, "rename", dying(os.rename))
+        patch.setattr(os, "link", dying(os.link))
         patch.setattr(Journal, "take_back", do_nothing)
         with pytest.raises(Died):
             run_apply(shop, result)

@@ -67,8 +67,8 @@ MUTANTS = (
     Mutant(
         "a_repeated_start_is_taken_for_a_second_one",
         f"{QUEUE}/sandboxes/inside.py",
-        'return {"started": record["token"] == token}',
-        'return {"started": False}',
+        'record["token"] == token:\n            return {"started": True}',
+        'record["token"] == token:\n            return {"started": False}',
         (f"{CLOUD}/test_once.py::test_a_start_whose_answer_is_lost_starts_once[cut-0]",),
         fast=False,
     ),
