@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from cloudagent_mcp import session_home
 from cloudagent_mcp.app import App
 from cloudagent_mcp.server import http_app
 from cloudagent_mcp.session_home import SessionHome, bring_home, take_along, unpack
@@ -309,8 +310,9 @@ def test_nothing_is_written_through_what_lies_in_the_way(home: Home, tmp_path: P
         case _:
             link, target = links[place]
             link.symlink_to(target)
-    with pytest.raises(SessionPlaceUnsafe):
+    with pytest.raises(SessionPlaceUnsafe) as refused:
         home.bring()
+    assert refused.value.message == SessionPlaceUnsafe().message
     assert [path.name for path in outside.iterdir()] == ["victim"] and victim.read_bytes() == b""
 
 
@@ -332,6 +334,18 @@ def test_there_has_to_be_a_directory_to_go_on_in(home: Home, directory: str) -> 
     (home.directory.parent / "a file").write_text("")
     home.directory = home.directory.parent / directory
     with pytest.raises(TargetNotAllowed):
+        home.bring()
+    assert not home.claude.exists()
+
+
+def test_a_session_of_which_a_turn_was_lost_on_the_way_is_not_placed(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_more(session: bytes) -> int:
+        return count_turns_of_session(session) + 1
+
+    monkeypatch.setattr(session_home, "count_turns_of_session", one_more)
+    with pytest.raises(SessionMalformed, match="lost"):
         home.bring()
     assert not home.claude.exists()
 

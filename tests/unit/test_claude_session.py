@@ -112,6 +112,10 @@ def test_a_record_that_is_no_message_is_left_out(hostile: dict[str, Any]) -> Non
         {"version": "$(evil)"},
         {"entrypoint": "evil"},
         {"logicalParentUuid": uuid(1)},
+        {"promptId": "evil"},
+        {"sourceToolAssistantUUID": {"hooks": {}}},
+        {"isCompactSummary": "yes"},
+        {"isApiErrorMessage": {"hooks": {}}},
     ],
     ids=lambda field: next(iter(field)),
 )
@@ -184,9 +188,9 @@ def test_a_part_of_a_message_that_is_not_known_leaves_a_note(block: dict[str, An
         (session(session_id=SESSION_ID.upper()), SessionMalformed),
         (session(session_id=f"{SESSION_ID}\n"), SessionMalformed),
         (session(files={}), SessionMalformed),
-        (session(files={f"../{SESSION_ID}.jsonl": "{}"}), SessionMalformed),
-        (session(files={f"a/b/{SESSION_ID}.jsonl": "{}"}), SessionMalformed),
-        (session(files={f"-a/{SESSION_ID}.jsonl": "{}", f"-b/{SESSION_ID}.jsonl": "{}"}), SessionMalformed),
+        (session(files={f"../{SESSION_ID}.jsonl": json.dumps(HONEST[0])}), SessionMalformed),
+        (session(files={f"a/b/{SESSION_ID}.jsonl": json.dumps(HONEST[0])}), SessionMalformed),
+        (session(files={f"-{at}/{SESSION_ID}.jsonl": json.dumps(HONEST[0]) for at in "ab"}), SessionMalformed),
         (session(files={NAME: 5}), SessionMalformed),
         (session([]), SessionMalformed),
         (session([{"type": "mode"}]), SessionMalformed),
@@ -342,10 +346,26 @@ def test_a_part_that_is_nested_more_deeply_than_can_be_followed_is_refused(monke
     nested: dict[str, Any] = told("x")
     for _ in range(sys.getrecursionlimit()):
         nested = {"type": "tool_result", "tool_use_id": "t", "content": [nested]}
+    used = {"type": "tool_use", "id": "t", "name": "n", "input": nested}
+    for block, reason in ((nested, "too deeply"), (used, "cannot be written down")):
+        records = [user(1, [block])]
 
-    def deeper(_: str) -> list[dict[str, Any]]:
-        return [user(1, [nested])]
+        def deeper(_: str, records: list[dict[str, Any]] = records) -> list[dict[str, Any]]:
+            return records
 
-    monkeypatch.setattr(claude_session, "_records", deeper)
-    with pytest.raises(SessionMalformed, match="too deeply"):
-        read_conversation(session(), folder=HERE)
+        monkeypatch.setattr(claude_session, "_records", deeper)
+        with pytest.raises(SessionMalformed, match=reason):
+            read_conversation(session(), folder=HERE)
+
+
+def test_of_what_is_counted_and_named_only_counts_and_names_come_along() -> None:
+    odd = {"hooks": ["evil"]}
+    about = {"trigger": odd, "preTokens": odd, "postTokens": 5, "preservedSegment": {"headUuid": "evil"}}
+    boundary = record(3, "system", None, subtype="compact_boundary", compactMetadata=about)
+    answer = assistant(2, told("x"), parent=1)
+    answer["message"] |= {"model": odd, "id": "a b", "stop_reason": None}
+    answer["message"]["usage"] = {"input_tokens": True, "output_tokens": -1, "cache_read_input_tokens": 2**60}
+    (_, kept, summary) = taken_over(user(1, "x"), answer, boundary)
+    assert summary["compactMetadata"] == {"postTokens": 5}
+    assert kept["message"]["stop_reason"] is None and not {"model", "id"} & kept["message"].keys()
+    assert set(kept["message"]["usage"].values()) == {0}

@@ -172,8 +172,6 @@ def _main_file(session: bytes) -> tuple[str, str]:
     main = [text for name, text in named.items() if re.fullmatch(rf"[\w-]+/{session_id}\.jsonl", name)]
     if len(main) != 1 or not isinstance(main[0], str):
         raise SessionMalformed("The session has no transcript, or several.")
-    if len(main[0]) > LARGEST:
-        raise SessionTooLarge()
     return session_id, main[0]
 
 
