@@ -20,7 +20,7 @@ import httpx2
 
 from cloudagent_mcp import apply
 from cloudagent_mcp.operations import Marked, in_thread
-from cloudagent_mcp.operations.results import Applied, destination_of, session_folder, undo_one_of
+from cloudagent_mcp.operations.results import ANCESTORS, Applied, destination_of, session_folder, undo_one_of
 from cloudagent_mcp.operations.tasks import WAIT_MAX_S
 from cloudagent_mcp.rest import repr_digest
 from cloudagent_mcp.session_home import SessionHome, bring_home
@@ -130,6 +130,7 @@ class RemoteServer:
         result, given = await self._bundle(task_id, "result"), await self._bundle(task_id, "input")
         if result is None or task["base_sha"] is None:
             raise errors.NoChanges()
+        earlier = await self._goes_on_from(marks, task)
         outcome = await in_thread(
             lambda: apply.apply(
                 folder,
@@ -143,6 +144,7 @@ class RemoteServer:
                 allow_sensitive=arguments.get("allow_sensitive") or (),
                 destination=wanted.model_copy(update={"title": task["title"]}),
                 preview=arguments.get("preview"),
+                goes_on_from=earlier,
             )
         )
         done = Applied.of(task, outcome)
@@ -172,6 +174,16 @@ class RemoteServer:
         if not named:
             raise errors.OutOfRange("The task has no candidate of that number.", field="candidate")
         return await self._task(marks, named[0])
+
+    async def _goes_on_from(self, marks: Mapping[str, Marked], task: Any) -> list[str]:
+        """The tasks whose results are within this one's, the last one first."""
+        found: list[str] = []
+        while (parent_id := task.get("parent_task_id")) is not None and len(found) < ANCESTORS:
+            parent = await self._task(marks, parent_id)
+            if task.get("candidate") is None:
+                found.append(best["task_id"] if (best := parent.get("best")) else parent_id)
+            task = parent
+        return found
 
     async def _undone(
         self,

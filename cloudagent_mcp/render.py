@@ -416,7 +416,11 @@ def show_applied_in_order(done: dict[str, Any]) -> None:
         style = VERDICT_STYLES.get(verdict, "dim")
         name = step["task_id"].removeprefix("task_")[:8]
         console.print(f"[bold]{name}[/] {step['outcome']:<9} [{style}]{verdict:<11}[/]{_safe(step['message'])}")
-    console.print(_safe(done["next_action"]))
+    if undone := [step for step in done["steps"] if step["outcome"] == "undone"]:
+        by = (undone[0]["verified_by"] or "").removeprefix("task_")[:8]
+        console.print(f"[dim]Why:[/] ca task logs {by}[dim]; to have it mended:[/] ca task create … --continue TASK")
+    else:
+        console.print(_safe(done["next_action"]))
 
 
 def show_resumed(home: dict[str, Any]) -> None:

@@ -75,13 +75,15 @@ def apply(
     allow_sensitive: Sequence[str] = (),
     destination: Destination = FILES,
     preview: str | None = None,
+    goes_on_from: Sequence[str] = (),
 ) -> ApplyOutcome:
     """Bring a result into the repository that `directory` lies in: to its files, as a branch, or as a worktree.
 
     As files there is no commit, and the index stays; where the user has committed changes to the same files meanwhile,
     both are merged. Without `input_bundle` the task had no repository, and any working tree will do, or a folder
     without one; an empty or new folder becomes a repository. As a branch or worktree, the working tree is not touched.
-    `state_folder` keeps what `undo` needs.
+    `state_folder` keeps what `undo` needs. `goes_on_from` are tasks whose results this one has within it, the last one
+    first: where they are applied as files, this one takes their place.
 
     With `dry_run` nothing is written, and the answer has a token. With such a token as `preview` exactly what was shown
     is written, or nothing.
@@ -104,7 +106,7 @@ def apply(
                 raise NoChanges()
             check_changes(quarantine, changes)
             try:
-                plan = _plan(target, quarantine, changes, branch, destination, fingerprint)
+                plan = _plan(target, quarantine, changes, branch, destination, fingerprint, goes_on_from)
             except (ApplyConflict, TargetExists) as refusal:
                 if preview is None:
                     raise
@@ -255,6 +257,7 @@ def _plan(
     branch: str,
     destination: Destination,
     fingerprint: str,
+    goes_on_from: Sequence[str],
 ) -> _Plan:
     """Raises what stands against it."""
     steps: list[Step] = []
@@ -263,7 +266,7 @@ def _plan(
     sensitive = {file.path for file in changes if is_sensitive(file.path)}
     earlier: list[str] = []
     if destination.onto == "files":
-        steps = make_plan(quarantine, changes, target.tree, target.repository, target.earlier())
+        steps = make_plan(quarantine, changes, target.tree, target.repository, target.earlier(goes_on_from))
         if not steps:
             raise AlreadyApplied()
         sensitive &= {step.path for step in steps}

@@ -90,11 +90,12 @@ class Journal:
 
     def changes(self) -> dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]:
         """What every file was before and is after it, as `recognised` says it."""
+        return {path: (recognised(before), after) for path, (before, after) in self.originals().items()}
+
+    def originals(self) -> dict[str, tuple[File | None, dict[str, Any] | None]]:
+        """Every file as it was before, and by what it is known after it."""
         originals = (self._folder / "originals").read_bytes()
-        return {
-            step["path"]: (recognised(_restored(step["before"], originals)), step["after"])
-            for step in self._entry["steps"]
-        }
+        return {step["path"]: (_restored(step["before"], originals), step["after"]) for step in self._entry["steps"]}
 
     def write(self, tree: Tree, steps: Sequence[Step]) -> None:
         """Do it. Raises `Changed`, `InTheWay`, OSError: then `take_back` is due."""

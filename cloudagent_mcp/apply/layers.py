@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cloudagent_mcp.apply.journal import Journal, recognised
-from cloudagent_mcp.apply.tree import File
+from cloudagent_mcp.apply.tree import File, InTheWay, Tree
 
 
 class Layers:
     """What the applies to one folder have written, whatever happened to it since."""
 
-    def __init__(self, journals: Sequence[Journal]) -> None:
+    def __init__(self, journals: Sequence[Journal], under: Mapping[str, File | None]) -> None:
         self._changes = [journal.changes() for journal in journals]
+        self.under = under
+        """See `beneath`."""
 
     def left(self, path: str, file: File | None) -> bool:
         """Is this file as one of them left it? Then nobody's own work is in it that is not kept elsewhere."""
@@ -30,3 +32,20 @@ class Layers:
             left.remove(above)
             state = above[path][1]
         return True
+
+
+def beneath(tree: Tree, journals: Sequence[Journal]) -> dict[str, File | None]:
+    """What the files that these applies have written, the last one first, were before, as far as they are still so.
+
+    For a result that goes on from these: it has all that they brought, and takes their place.
+    """
+    under: dict[str, File | None] = {}
+    for journal in journals:
+        for path, (original, after) in journal.originals().items():
+            try:
+                now = under[path] if path in under else tree.read(path)
+            except InTheWay:
+                continue
+            if recognised(now) == after:
+                under[path] = original
+    return under

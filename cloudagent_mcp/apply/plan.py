@@ -30,7 +30,7 @@ def make_plan(
 
     With W the file here, B the base's and R the result's: W = R needs nothing; W = B becomes R; a W that the user has
     committed meanwhile, or that is as an `earlier` result left it, is merged with R. Anything else, and a merge that
-    does not work out, is a conflict.
+    does not work out, is a conflict. Of results that R goes on from, W is what was there before them.
     Raises `ApplyConflict` and `UnsafeChange`, naming the files.
     """
     base = _contents(quarantine, {f.path: (f.old_mode, f.old_id) for f in files}, repository)
@@ -39,6 +39,7 @@ def make_plan(
     modes_count = repository is None or _modes_count(repository)
     steps: list[Step] = []
     to_merge: list[Step] = []
+    under = earlier.under
     conflicts: list[str] = []
     for file in files:
         try:
@@ -54,13 +55,14 @@ def make_plan(
             continue
         if after is not None and not modes_count and here is not None:
             after = File(after.data, mode=here.mode, link=after.link)
-        if same(here, before, modes_count=modes_count):
+        if same(under.get(file.path, here), before, modes_count=modes_count):
             steps.append(Step(file.path, here, after))
         else:
             to_merge.append(Step(file.path, here, after))
     clean = _committed(repository, to_merge) | {s.path for s in to_merge if earlier.left(s.path, s.before)}
     for step in to_merge:
-        merged = _merged(step, base.get(step.path)) if step.path in clean else None
+        ours = Step(step.path, under.get(step.path, step.before), step.after)
+        merged = _merged(ours, base.get(step.path)) if step.path in clean else None
         if merged is None:
             conflicts.append(step.path)
         elif not same(merged, step.before):
@@ -72,6 +74,10 @@ def make_plan(
             files=[(name, "changed here as well as in the task") for name in names],
         )
     if tree is not None:
+        named = {file.path for file in files}
+        taken_back = [Step(path, tree.read(path), original) for path, original in under.items() if path not in named]
+        steps += [step for step in taken_back if step.before != step.after]
+        deleted |= {step.path for step in taken_back if step.after is None}
         _check_surroundings(tree, steps, deleted)
     return steps
 

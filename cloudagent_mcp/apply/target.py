@@ -12,14 +12,14 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from cloudagent_mcp.apply.journal import Journal, keep, recognised
-from cloudagent_mcp.apply.layers import Layers
+from cloudagent_mcp.apply.layers import Layers, beneath
 from cloudagent_mcp.apply.tree import InTheWay, Tree
 from cloudagent_queue import git
 from cloudagent_queue.repository import LocalRepository, Quarantine, origin_of
@@ -107,11 +107,14 @@ class Target:
             return False
         return all(earlier.covers(path, changes[path][1], found) for path, found in now.items())
 
-    def earlier(self) -> Layers:
-        """What other results have made of this folder."""
+    def earlier(self, goes_on_from: Sequence[str] = ()) -> Layers:
+        """What other results have made of this folder; those of the tasks that this one goes on from, the last first,
+        are replaced by its own."""
         folders = (entry for entry in self.state.iterdir() if _TASK_ID.fullmatch(entry.name))
-        journals = [Journal.open(folder) for folder in sorted(folders) if folder.name != self.task_id]
-        return Layers([journal for journal in journals if journal is not None])
+        found = {folder.name: Journal.open(folder) for folder in sorted(folders) if folder.name != self.task_id}
+        journals = {name: journal for name, journal in found.items() if journal is not None}
+        replaced = [journals[name] for name in goes_on_from if name in journals]
+        return Layers([*journals.values()], beneath(self.tree, replaced) if self.tree is not None else {})
 
     def check_holds_base(self, quarantine: Quarantine) -> None:
         """Is this the repository that the task started from?"""

@@ -70,6 +70,10 @@ def undo_one_of(
     return task_ids[-1], undo(task_id=task_ids[-1])
 
 
+ANCESTORS = 20
+"""How far back the tasks are looked for that one goes on from."""
+
+
 class Results:
     """Read results, and bring them home."""
 
@@ -160,6 +164,7 @@ class Results:
             allow_sensitive=allow_sensitive,
             destination=wanted,
             preview=preview,
+            goes_on_from=self._goes_on_from(caller, task),
         )
         done = Applied.of(task.model_dump(mode="json"), outcome)
         if (home := session_folder(done, folder)) is None:
@@ -191,6 +196,16 @@ class Results:
             destination=destination_of(caller.folder, **place, squash=False, title="") if any(place.values()) else None,
         )
         return Applied.of({**task.model_dump(mode="json"), "task_id": name}, outcome)
+
+    def _goes_on_from(self, caller: Caller, task: Task) -> list[str]:
+        """The tasks whose results are within this one's, the last one first."""
+        found: list[str] = []
+        while (parent_id := task.parent_task_id) is not None and len(found) < ANCESTORS:
+            parent = self._store.tasks.get(caller.account_id, parent_id)
+            if task.candidate is None:
+                found.append(parent_id if parent.best is None else parent.best.task_id)
+            task = parent
+        return found
 
     def _result_of(self, caller: Caller, task: Task) -> bytes:
         if not task.status.terminal:

@@ -33,10 +33,10 @@ def made(world: World, repo: Path, tmp_path: Path) -> Make:
     """Makes a task that has ended with these files, all on the same base, and was verified by the tests."""
     bundle = bundle_working_tree(repo, base_ref=None).bundle
 
-    def make(files: Mapping[str, str], *, verify: str | None = TEST) -> str:
+    def make(files: Mapping[str, str], *, verify: str | None = TEST, parent: str | None = None) -> str:
         result = Workshop(tmp_path / f"workshop{len(list(tmp_path.iterdir()))}", bundle).result(files)
         spec = TaskSpec(prompt="x", title="Some work", repository=str(repo), verify=verify, retries=2)
-        return completed(world.app().store, result, spec)
+        return completed(world.app().store, result, spec, parent_task_id=parent)
 
     return make
 
@@ -118,3 +118,16 @@ def test_a_result_is_verified_once_more_as_it_was_or_as_the_folder_is(world: Wor
             check = world.wait(client, created["task_id"])
             assert (check["status"], check["verdict"]) == ("completed", verdict), check
             assert check["result"]["verify"]["command"] == TEST
+
+
+def test_a_task_that_goes_on_from_an_applied_one_takes_its_place(world: World, repo: Path, made: Make) -> None:
+    first = made({"calc.py": "def add(a, b):\n    return sum((a, b))\n", "note.txt": "draft\n"})
+    second = made({"calc.py": MENDED, "note.txt": "done\n"}, parent=made({"other.txt": "x\n"}, parent=first))
+    with served(world) as url:
+        for server in ({}, {"CLOUDAGENT_URL": url, "CLOUDAGENT_API_KEY": KEY}):
+            assert ca(world, repo, "apply", first, **server)[0] == 0
+            code, applied = ca(world, repo, "apply", second, **server)
+            assert (code, applied["outcome"]) == (0, "applied"), applied
+            assert (repo / "calc.py").read_text() == MENDED and (repo / "note.txt").read_text() == "done\n"
+            assert ca(world, repo, "undo", second, **server)[0] == 0 and (repo / "note.txt").read_text() == "draft\n"
+            assert ca(world, repo, "undo", first, **server)[0] == 0 and not (repo / "note.txt").exists()

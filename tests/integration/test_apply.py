@@ -45,7 +45,14 @@ class Desk:
         return Workshop(self._folder / f"workshop{len(list(self._folder.iterdir()))}", bundle)
 
     def apply(
-        self, result: Result, *, to: Path | None = None, dry_run: bool = False, allow: tuple[str, ...] = ()
+        self,
+        result: Result,
+        *,
+        to: Path | None = None,
+        dry_run: bool = False,
+        allow: tuple[str, ...] = (),
+        goes_on_from: tuple[str, ...] = (),
+        preview: str | None = None,
     ) -> ApplyOutcome:
         return apply(
             to or self.shop,
@@ -57,6 +64,8 @@ class Desk:
             state_folder=self.state,
             dry_run=dry_run,
             allow_sensitive=allow,
+            goes_on_from=goes_on_from,
+            preview=preview,
         )
 
     def undo(self, result: Result, *, of: Path | None = None) -> ApplyOutcome:
@@ -489,3 +498,35 @@ def test_a_result_that_was_taken_away_by_hand_is_not_taken_for_applied(desk: Des
     desk.apply(second)
     git(desk.shop, "checkout", "-q", "--", ".")
     assert desk.apply(first).outcome == "applied"
+
+
+def test_a_result_that_goes_on_from_applied_ones_takes_their_place_and_undo_brings_them_back(desk: Desk) -> None:
+    start = files_of(desk.shop)
+    first = desk.workshop().result({"a.txt": LINES.replace("line 5", "ONE"), "new.txt": "one\n", "gone.txt": "x\n"})
+    second = desk.workshop().result({"a.txt": LINES.replace("line 5", "TWO"), "new.txt": "two\n", "sub/c.txt": None})
+    third = desk.workshop().result({"a.txt": LINES.replace("line 5", "THREE"), "new.txt": "three\n"})
+    desk.apply(first)
+    between = files_of(desk.shop)
+    desk.refuses(ApplyConflict, second, naming="a.txt")  # as it does not say that it has the first within it
+    desk.apply(second, goes_on_from=(first.task_id,))
+    assert (desk.shop / "new.txt").read_text() == "two\n" and not (desk.shop / "gone.txt").exists()
+    on_top = files_of(desk.shop)
+    seen = desk.apply(third, goes_on_from=(second.task_id, first.task_id), dry_run=True)
+    desk.apply(third, goes_on_from=(second.task_id, first.task_id), preview=seen.preview)
+    assert files_of(desk.shop) == {**start, **{name: files_of(desk.shop)[name] for name in ("a.txt", "new.txt")}}
+    assert "THREE" in (desk.shop / "a.txt").read_text() and (desk.shop / "sub" / "c.txt").exists()
+    for result, expected in ((third, on_top), (second, between), (first, start)):
+        desk.undo(result)
+        assert files_of(desk.shop) == expected
+
+
+def test_what_the_user_has_changed_of_an_applied_result_is_not_taken_for_its_own(desk: Desk) -> None:
+    first = desk.workshop().result({"a.txt": LINES.replace("line 5", "ONE"), "new.txt": "one\n"})
+    second = desk.workshop().result({"a.txt": LINES.replace("line 5", "TWO")})
+    desk.apply(first)
+    (desk.shop / "new.txt").write_text("mine\n")
+    desk.apply(second, goes_on_from=(first.task_id,))
+    assert (desk.shop / "new.txt").read_text() == "mine\n" and "TWO" in (desk.shop / "a.txt").read_text()
+    desk.undo(second)
+    (desk.shop / "a.txt").write_text("mine\n")
+    desk.refuses(ApplyConflict, second, naming="a.txt")

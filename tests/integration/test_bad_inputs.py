@@ -181,7 +181,7 @@ ELSEWHERE = {
     46: "test_a_result_that_is_there_already_is_not_applied_again",
     47: "test_a_dirty_file_is_a_conflict_even_where_a_merge_would_work",
     48: "test_only_the_repository_that_the_task_started_from_will_do",
-    49: "test_a_path_that_leads_out_or_into_git_or_means_two_things_is_refused",
+    49: "test_of_a_hostile_result",
     50: "test_sensitive_files_are_written_only_when_each_is_named",
     52: "test_two_applies_to_one_directory_do_not_meet",
 }

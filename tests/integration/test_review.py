@@ -231,7 +231,7 @@ async def test_whoever_looks_at_a_task_is_told_who_else_changes_its_files(mcp: C
     assert "ignore" not in seen["next_action"]
     waited = structured(await mcp.call_tool("wait_tasks", {"task_ids": [one, done], "timeout_seconds": 0}))["tasks"]
     assert waited[0]["next_action"] == seen["next_action"]
-    assert waited[1]["next_action"].startswith("Look at get_task_diff, then apply_task.")
+    assert "Look at get_task_diff, then apply_task." in waited[1]["next_action"]
     assert f"{one} also changes `calc.py`; {other} also" in waited[1]["next_action"]
     listed = {task["task_id"]: task for task in structured(await mcp.call_tool("list_tasks", {}))["tasks"]}
     assert listed[one]["next_action"] == seen["next_action"] and listed[apart]["overlaps"] == []

@@ -40,7 +40,14 @@ def claimed(store: Store, task_id: str | None = None, *, lease_s: float = 60.0) 
     return claim
 
 
-def completed(store: Store, result: Result, spec: TaskSpec, *, account_id: str = LOCAL_ACCOUNT) -> str:
+def completed(
+    store: Store,
+    result: Result,
+    spec: TaskSpec,
+    *,
+    account_id: str = LOCAL_ACCOUNT,
+    parent_task_id: str | None = None,
+) -> str:
     """The id of a task that has ended with that result."""
     assert result.input_bundle is not None
     store.tasks.add(
@@ -50,6 +57,7 @@ def completed(store: Store, result: Result, spec: TaskSpec, *, account_id: str =
         base_sha=result.base_sha,
         blobs={"input": result.input_bundle},
         credentials=b"",
+        parent_task_id=parent_task_id,
     )
     claim = claimed(store, result.task_id)
     store.blobs.put(result.task_id, "result", result.result_bundle, attempt=claim.attempt)
