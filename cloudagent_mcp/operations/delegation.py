@@ -10,12 +10,8 @@ from pydantic import Field
 
 from cloudagent_mcp.operations import Caller, Operation, operation
 from cloudagent_mcp.operations.tasks import WAIT_MAX_S, Submitted
-from cloudagent_storage.records import Task, TaskStatus
-
-LOOK_EVERY_S = 10.0
-"""get_task waits for a change since its own first look: what came between two of its calls is seen after this time."""
-ATTENDED_MAX_S = 24 * 3600.0
-"""A client that is told of progress waits this long: such a call costs no thread and no connection."""
+from cloudagent_mcp.operations.waiting import ATTENDED_MAX_S, wait_for_end
+from cloudagent_storage.records import TaskStatus
 
 
 class Delegated(Submitted):
@@ -72,15 +68,6 @@ class Delegation:
         submitted: Submitted = await self._submit_task.call(caller, given)
         if caller.progress is not None:
             await caller.progress(0, limit, f"{submitted.task_id} was submitted.")
-        task = await self._follow(caller, submitted, until=started + limit)
+        task = await wait_for_end(self._get_task, caller, submitted, until=started + limit)
         fields = {name: value for name, value in dict(task).items() if name in Delegated.model_fields}
         return Delegated.model_validate({**fields, "replayed": submitted.replayed})
-
-    async def _follow(self, caller: Caller, task: Task, *, until: float) -> Task:
-        """The task when it has ended, asks something, or time is up."""
-        wait_s = 0.0
-        while not task.status.terminal and task.status is not TaskStatus.WAITING and wait_s >= 0:
-            looked = {"task_id": task.task_id, "wait_seconds": wait_s, "log_lines": 0}
-            task = await self._get_task.call(caller, looked)
-            wait_s = min(LOOK_EVERY_S, until - time.monotonic())
-        return task

@@ -13,13 +13,10 @@ from pydantic import Field
 from cloudagent_mcp.operations import Caller, Operation, in_thread, operation
 from cloudagent_mcp.operations.results import Applied
 from cloudagent_mcp.operations.tasks import WAIT_MAX_S
+from cloudagent_mcp.operations.waiting import ATTENDED_MAX_S, wait_for_end
 from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import AlreadyApplied, CloudAgentError, NothingToVerifyBy, RepositoryNotFound
 from cloudagent_storage.records import Record, Task, TaskStatus, Verdict, short_id
-
-LOOK_EVERY_S = 10.0
-ATTENDED_MAX_S = 24 * 3600.0
-"""A caller that is told of progress waits this long."""
 
 
 class Step(Record):
@@ -109,11 +106,7 @@ class InOrder:
             return step.model_copy(
                 update={"verdict": Verdict.UNVERIFIED, "message": f"{step.message} {reason.message}"}
             )
-        wait_s = 0.0
-        while not found.status.terminal and wait_s >= 0:
-            looked = {"task_id": found.task_id, "wait_seconds": wait_s, "log_lines": 0}
-            found = await self._get_task.call(caller, looked)
-            wait_s = min(LOOK_EVERY_S, until - time.monotonic())
+        found = await wait_for_end(self._get_task, caller, found, until=until)
         step = step.model_copy(update={"verified_by": found.task_id})
         if not found.status.terminal:
             return step.model_copy(update={"outcome": "verifying"})

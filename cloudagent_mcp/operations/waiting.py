@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import anyio
 import anyio.to_thread
 
-from cloudagent_mcp.operations import Caller
+from cloudagent_mcp.operations import Caller, Operation
 from cloudagent_mcp.untrusted import clean
-from cloudagent_storage.records import Event, Task
+from cloudagent_storage.records import Event, Task, TaskStatus
 from cloudagent_storage.store import Store
 
 TOGETHER_S = 0.05
@@ -22,6 +22,10 @@ POLL_S = 0.3
 SURE_S = 5.0
 """How often it looks by itself while they are."""
 PROGRESS_EVERY_S = 2.0
+LOOK_EVERY_S = 10.0
+"""get_task waits for a change since its own first look: what came between two of its calls is seen after this time."""
+ATTENDED_MAX_S = 24 * 3600.0
+"""A client that is told of progress waits this long: such a call costs no thread and no connection."""
 
 
 async def wait_for(
@@ -59,6 +63,16 @@ async def wait_for(
             with anyio.move_on_after(min(pause, left)):
                 await changed.wait()
                 await anyio.sleep(TOGETHER_S)
+
+
+async def wait_for_end(get_task: Operation, caller: Caller, task: Task, *, until: float) -> Task:
+    """The task when it has ended, asks something, or the monotonic time `until` has come; by way of `get_task`."""
+    wait_s = 0.0
+    while not task.status.terminal and task.status is not TaskStatus.WAITING and wait_s >= 0:
+        looked = {"task_id": task.task_id, "wait_seconds": wait_s, "log_lines": 0}
+        task = await get_task.call(caller, looked)
+        wait_s = min(LOOK_EVERY_S, until - time.monotonic())
+    return task
 
 
 def brief_line(line: Event) -> str:

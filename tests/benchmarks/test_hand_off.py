@@ -124,11 +124,7 @@ def test_apply_of_a_large_result(tmp_path: Path) -> None:
         started = time.monotonic()
         apply(
             shop,
-            task_id=result.task_id,
-            branch=result.branch,
-            base_sha=result.base_sha,
-            input_bundle=result.input_bundle,
-            result_bundle=result.result_bundle,
+            **result.given,
             state_folder=tmp_path / "state",
         )
         applied = time.monotonic()

@@ -15,7 +15,7 @@ from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.records import LOCAL_ACCOUNT, TaskSpec
 from tests.support.git_repos import Workshop
 from tests.support.served import KEY, served
-from tests.support.stored import completed
+from tests.support.stored import with_result
 from tests.support.worlds import World
 
 TEST = "python3 -m unittest -q"
@@ -36,7 +36,7 @@ def made(world: World, repo: Path, tmp_path: Path) -> Make:
     def make(files: Mapping[str, str], *, verify: str | None = TEST, parent: str | None = None) -> str:
         result = Workshop(tmp_path / f"workshop{len(list(tmp_path.iterdir()))}", bundle).result(files)
         spec = TaskSpec(prompt="x", title="Some work", repository=str(repo), verify=verify, retries=2)
-        return completed(world.app().store, result, spec, parent_task_id=parent)
+        return with_result(world.app().store, result, spec, parent_task_id=parent)
 
     return make
 

@@ -56,11 +56,7 @@ class Desk:
     ) -> ApplyOutcome:
         return apply(
             to or self.shop,
-            task_id=result.task_id,
-            branch=result.branch,
-            base_sha=result.base_sha,
-            input_bundle=result.input_bundle,
-            result_bundle=result.result_bundle,
+            **result.given,
             state_folder=self.state,
             dry_run=dry_run,
             allow_sensitive=allow,

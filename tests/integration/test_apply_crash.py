@@ -70,11 +70,7 @@ def result(shop: Path, tmp_path: Path) -> Result:
 def run_apply(shop: Path, result: Result) -> None:
     apply(
         shop,
-        task_id=result.task_id,
-        branch=result.branch,
-        base_sha=result.base_sha,
-        input_bundle=result.input_bundle,
-        result_bundle=result.result_bundle,
+        **result.given,
         state_folder=shop.parent / "state",
     )
 

@@ -21,9 +21,9 @@ from cloudagent_mcp.apply.tree import Tree
 from cloudagent_mcp.client import LocalClient
 from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import ApplyConflict, ApplyRefused, ConfirmationNeeded, NotReady, PreviewOutdated
-from cloudagent_storage.records import LOCAL_ACCOUNT, TaskError, TaskSpec, TaskStatus
+from cloudagent_storage.records import TaskError, TaskSpec, TaskStatus
 from tests.support.git_repos import Result, Workshop, commit, files_of, fingerprint, git, make_repository, put
-from tests.support.stored import claimed
+from tests.support.stored import with_result
 from tests.support.worlds import World
 
 LINES = "".join(f"line {n}\n" for n in range(20))
@@ -44,11 +44,7 @@ def workshop(shop: Path, tmp_path: Path) -> Workshop:
 def run_apply(shop: Path, result: Result, **options: Any) -> ApplyOutcome:
     return apply(
         shop,
-        task_id=result.task_id,
-        branch=result.branch,
-        base_sha=result.base_sha,
-        input_bundle=result.input_bundle,
-        result_bundle=result.result_bundle,
+        **result.given,
         state_folder=shop.parent / "state",
         **options,
     )
@@ -321,23 +317,10 @@ def test_every_start_settles_what_a_dead_process_left(
 def ended(world: World, shop: Path, result: Result, status: TaskStatus | None) -> LocalClient:
     """A task of that result, in that state; None is one that still runs, with a result that is there already."""
     app = world.app(shop)
+    code = {TaskStatus.FAILED: "timed_out", TaskStatus.CANCELLED: "cancelled_by_user"}.get(status or TaskStatus.QUEUED)
+    error = None if code is None else TaskError.model_validate({"code": code, "message": "m", "remedy": "r"})
     spec = TaskSpec(prompt="x", title="Do it", repository=str(shop))
-    assert result.input_bundle is not None
-    store = app.store
-    store.tasks.add(
-        LOCAL_ACCOUNT,
-        spec,
-        task_id=result.task_id,
-        base_sha=result.base_sha,
-        blobs={"input": result.input_bundle},
-        credentials=b"",
-    )
-    claim = claimed(store, result.task_id)
-    store.blobs.put(result.task_id, "result", result.result_bundle, attempt=claim.attempt)
-    if status is not None:
-        code = {"failed": "timed_out", "cancelled": "cancelled_by_user"}.get(status.value)
-        error = None if code is None else TaskError.model_validate({"code": code, "message": "m", "remedy": "r"})
-        store.tasks.finish(result.task_id, claim.attempt, status=status, error=error)
+    with_result(app.store, result, spec, status=status, error=error)
     return LocalClient(app)
 
 

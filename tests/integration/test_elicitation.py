@@ -23,7 +23,7 @@ from cloudagent_storage.records import LOCAL_ACCOUNT, Question, TaskSpec
 from cloudagent_storage.store import Store
 from tests.integration.test_http_server import KEY, url
 from tests.support.git_repos import Workshop, make_repository
-from tests.support.stored import ask, claimed, completed, queued
+from tests.support.stored import ask, claimed, queued, with_result
 from tests.support.worlds import World
 
 pytestmark = pytest.mark.anyio
@@ -255,7 +255,7 @@ def shop(tmp_path: Path) -> Path:
 def finished(store: Store, shop: Path, folder: Path, files: dict[str, str]) -> str:
     """A task that has completed with these files, of that repository."""
     result = Workshop(folder, bundle_working_tree(shop, base_ref=None).bundle).result(files)
-    return completed(store, result, TaskSpec(prompt="x", title="x", repository=str(shop)))
+    return with_result(store, result, TaskSpec(prompt="x", title="x", repository=str(shop)))
 
 
 SENSITIVE = {"a.txt": "b\n", ".envrc": "touch owned\n", ".vscode/tasks.json": "{}\n", "Makefile": "all:\n"}

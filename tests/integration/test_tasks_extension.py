@@ -304,7 +304,7 @@ async def test_delegate_returns_at_the_end_and_tells_of_progress_meanwhile(
 
 
 async def test_the_progress_of_a_long_delegate_only_grows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloudagent_mcp.operations.delegation.LOOK_EVERY_S", 2.5)
+    monkeypatch.setattr("cloudagent_mcp.operations.waiting.LOOK_EVERY_S", 2.5)
     app = world.app()
     told: list[float] = []
 

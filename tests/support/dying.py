@@ -255,11 +255,7 @@ def die_in_apply(folder: Path, stride: int) -> dict[str, int]:
     def write() -> None:
         apply(
             shop,
-            task_id=result.task_id,
-            branch=result.branch,
-            base_sha=result.base_sha,
-            input_bundle=result.input_bundle,
-            result_bundle=result.result_bundle,
+            **result.given,
             state_folder=folder / "state",
         )
 

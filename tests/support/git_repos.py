@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cloudagent_queue.repository.bundles import BASE_BRANCH, empty_repository, read_header
 from cloudagent_storage.records import branch_name, new_id
@@ -79,6 +80,11 @@ class Result:
     base_sha: str
     input_bundle: bytes | None
     result_bundle: bytes
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What `apply` wants to know of it."""
+        return dict(vars(self))
 
 
 class Workshop:

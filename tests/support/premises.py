@@ -89,11 +89,7 @@ class Premises:
     def apply(self, result: Result, *, allow: tuple[str, ...] = ()) -> ApplyOutcome:
         return apply(
             self.shop,
-            task_id=result.task_id,
-            branch=result.branch,
-            base_sha=result.base_sha,
-            input_bundle=result.input_bundle,
-            result_bundle=result.result_bundle,
+            **result.given,
             state_folder=self.folder / "state",
             allow_sensitive=allow,
         )

@@ -13,7 +13,16 @@ from typing import TypeVar
 
 import psycopg2
 
-from cloudagent_storage.records import LOCAL_ACCOUNT, Claim, EventDraft, Question, TaskSpec, TaskStatus, Verdict
+from cloudagent_storage.records import (
+    LOCAL_ACCOUNT,
+    Claim,
+    EventDraft,
+    Question,
+    TaskError,
+    TaskSpec,
+    TaskStatus,
+    Verdict,
+)
 from cloudagent_storage.store import Store
 from tests.support.git_repos import Result
 
@@ -40,15 +49,17 @@ def claimed(store: Store, task_id: str | None = None, *, lease_s: float = 60.0) 
     return claim
 
 
-def completed(
+def with_result(
     store: Store,
     result: Result,
     spec: TaskSpec,
     *,
     account_id: str = LOCAL_ACCOUNT,
     parent_task_id: str | None = None,
+    status: TaskStatus | None = TaskStatus.COMPLETED,
+    error: TaskError | None = None,
 ) -> str:
-    """The id of a task that has ended with that result."""
+    """The id of a task that has ended so, with that result; None is one that still runs and has it already."""
     assert result.input_bundle is not None
     store.tasks.add(
         account_id,
@@ -61,7 +72,9 @@ def completed(
     )
     claim = claimed(store, result.task_id)
     store.blobs.put(result.task_id, "result", result.result_bundle, attempt=claim.attempt)
-    store.tasks.finish(result.task_id, claim.attempt, status=TaskStatus.COMPLETED, verdict=Verdict.PASSED)
+    verdict = Verdict.PASSED if status is TaskStatus.COMPLETED else None
+    if status is not None:
+        store.tasks.finish(result.task_id, claim.attempt, status=status, verdict=verdict, error=error)
     return result.task_id
 
 
