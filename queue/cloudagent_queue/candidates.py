@@ -17,6 +17,7 @@ def split(spec: TaskSpec) -> list[TaskSpec]:
     more. The limits of time and turns hold for each.
     """
     alone: dict[str, Any] = {"best_of": None, "models": (), "providers": (), "cancel_losers": False}
+    alone["budget_shares"] = spec.best_of or 1
     if spec.max_budget_usd is not None and spec.best_of is not None:
         alone["max_budget_usd"] = spec.max_budget_usd / spec.best_of
     return [

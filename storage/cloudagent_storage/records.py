@@ -179,6 +179,8 @@ class TaskSpec(Record):
     providers: tuple[str, ...] = ()
     cancel_losers: bool = False
     """Are the others cancelled as soon as one has passed?"""
+    budget_shares: int = 1
+    """Of a candidate: among how many the budget is divided that its repository sets."""
 
 
 class Idempotency(Record):

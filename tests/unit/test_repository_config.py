@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudagent_queue.agents import open_agent
+from cloudagent_queue.candidates import split
 from cloudagent_queue.repository import RepositoryConfig, read_config, setup_key
 from cloudagent_queue.repository.config import SIZE_LIMIT
 from cloudagent_storage.errors import InvalidRepositoryConfig
@@ -56,6 +58,14 @@ def test_the_commands_of_a_submit_win_and_the_files_fill_in() -> None:
     assert config.applied_to(SPEC).setup == config.applied_to(SPEC).verify == "from the file"
     asked = SPEC.model_copy(update={"setup": "asked for", "verify": ""})
     assert (config.applied_to(asked).setup, config.applied_to(asked).verify) == ("asked for", "")
+
+
+@pytest.mark.parametrize("asked", [None, 5.0, 50.0])
+def test_candidates_never_spend_more_than_the_repository_allows_all_of_them(asked: float | None) -> None:
+    config = read_config(b"[limits]\nmax_budget_usd = 9.0\n")
+    tries = split(SPEC.model_copy(update={"best_of": 3, "max_budget_usd": asked}))
+    spent = [config.applied_to(one).max_budget_usd or math.inf for one in tries]
+    assert len(spent) == 3 and sum(spent) == pytest.approx(min(asked or 9.0, 9.0))
 
 
 def test_limits_of_the_file_fill_in_and_lower_and_never_raise() -> None:

@@ -79,7 +79,7 @@ class RepositoryConfig(_Part):
 
     def applied_to(self, spec: TaskSpec) -> TaskSpec:
         """What a task is run as. What its submit says wins; limits are the lower ones of both."""
-        limits = self.limits
+        limits, budget = self.limits, self.limits.max_budget_usd
         return spec.model_copy(
             update={
                 "setup": self.setup if spec.setup is None else spec.setup,
@@ -87,7 +87,7 @@ class RepositoryConfig(_Part):
                 "retries": self.retries if spec.retries is None else spec.retries,
                 "timeout_minutes": _lower(spec.timeout_minutes, limits.timeout_minutes),
                 "max_turns": _lower(spec.max_turns, limits.max_turns),
-                "max_budget_usd": _lower(spec.max_budget_usd, limits.max_budget_usd),
+                "max_budget_usd": _lower(spec.max_budget_usd, None if budget is None else budget / spec.budget_shares),
             }
         )
 
