@@ -127,11 +127,11 @@ class Review:
         self, caller: Caller, task_id: str, comments: Sequence[Comment]
     ) -> tuple[Task, TaskSpec, Sequence[Placed]]:
         store, account_id = self._store(), caller.account_id
-        diff = store.blobs.get(account_id, task_id, "diff")
+        task = store.candidates.choose(account_id, task_id)
+        diff = store.blobs.get(account_id, task.task_id, "diff")
         if diff is None:
             raise NoChanges()
-        placed = place(diff.decode("utf-8", "replace"), comments)
-        return store.tasks.get(account_id, task_id), store.tasks.spec(account_id, task_id), placed
+        return task, store.tasks.spec(account_id, task_id), place(diff.decode("utf-8", "replace"), comments)
 
 
 def place(diff: str, comments: Sequence[Comment]) -> list[Placed]:

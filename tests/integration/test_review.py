@@ -66,6 +66,21 @@ async def test_of_a_task_that_has_ended_comments_become_one_follow_up_with_what_
     assert (await mcp.call_tool("list_tasks", {})).structured_content["total"] == 2  # type: ignore[index]
 
 
+async def test_of_several_candidates_the_best_one_is_commented_on(mcp: Client, app: App) -> None:
+    asked = {"prompt": "x", "repository": "none", "best_of": 2, "max_budget_usd": 4.0}
+    parent = structured(await mcp.call_tool("submit_task", asked))["task_id"]
+    comments = {"task_id": parent, "comments": [USE_SUM]}
+    assert refusal(await mcp.call_tool("comment_task", comments))["code"] == "several_agents"
+    best, other = [found.task_id for found in app.store.candidates.of(LOCAL_ACCOUNT, parent)]
+    for task_id, diff in ((best, DIFF), (other, None)):
+        assert app.store.tasks.claim(task_id, worker="w", lease_s=60) is not None
+        end(app, task_id, diff=diff)
+    done = structured(await mcp.call_tool("comment_task", comments))
+    assert (done["outcome"], done["parent_task_id"], done["best_of"]) == ("follow_up", parent, None)
+    spec = app.store.tasks.spec(LOCAL_ACCOUNT, done["task_id"])
+    assert "   >      2 |+    return a + b\n" in spec.prompt and spec.max_budget_usd == 4.0
+
+
 async def test_a_running_agent_is_told_and_one_that_asks_has_its_answer(mcp: Client, app: App) -> None:
     running, waiting = at_work(app), at_work(app)
     question = Question(question_id="q_1", text="Which?")
