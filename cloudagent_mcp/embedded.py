@@ -44,6 +44,8 @@ def ensure_worker(settings: Settings, *, version: str) -> None:
             # The lock is held, so this pid is that worker; the new one waits for the lock.
             log.info("asking the worker of version %s to drain", running.version)
             os.kill(running.pid, signal.SIGTERM)
+        if _is_starting(home):
+            return
         # Unbuffered and detached: its own session, no terminal, no pipe of ours that could break.
         with (home / "worker.log").open("ab") as log_file:
             process = subprocess.Popen(
@@ -55,8 +57,21 @@ def ensure_worker(settings: Settings, *, version: str) -> None:
                 cwd=home,
                 start_new_session=True,
             )
+        (home / "worker.starting").write_text(str(process.pid))
         # Reaped where its parent lives longer than it does.
         threading.Thread(target=process.wait, daemon=True).start()
+
+
+def _is_starting(home: Path) -> bool:
+    """Has somebody just started one, which is about to take the lock? A second would wait, and take its place."""
+    try:
+        file = home / "worker.starting"
+        if time.time() - file.stat().st_mtime > DRAIN_S:
+            return False
+        os.kill(int(file.read_text()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,7 @@ def only_worker(home: Path, *, version: str) -> Generator[FileLock]:
         fresh = about.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps({"version": version, "pid": os.getpid()}))
         fresh.replace(about)
+        (home / "worker.starting").unlink(missing_ok=True)
         yield lock
     finally:
         lock.release()

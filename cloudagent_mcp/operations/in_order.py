@@ -15,7 +15,13 @@ from cloudagent_mcp.operations.results import Applied
 from cloudagent_mcp.operations.tasks import WAIT_MAX_S
 from cloudagent_mcp.operations.waiting import ATTENDED_MAX_S, wait_for_end
 from cloudagent_queue.repository import bundle_working_tree
-from cloudagent_storage.errors import AlreadyApplied, CloudAgentError, NothingToVerifyBy, RepositoryNotFound
+from cloudagent_storage.errors import (
+    AlreadyApplied,
+    CloudAgentError,
+    NothingToVerifyBy,
+    RepositoryNotFound,
+    TargetNotAllowed,
+)
 from cloudagent_storage.records import Record, Task, TaskStatus, Verdict, short_id
 
 
@@ -68,8 +74,12 @@ class InOrder:
         It stops there; those before stay applied. For a caller that is not told of progress it returns before a minute
         is over. Raises what apply_task raises, naming the task; those before it stay applied.
         """
-        if not caller.local or caller.folder is None:
+        if not caller.local:
+            for task_id in task_ids:
+                await self._get_task.call(caller, {"task_id": task_id, "log_lines": 0})
             return _to_be_typed(task_ids)
+        if caller.folder is None:
+            raise TargetNotAllowed()
         folder = caller.folder / (directory or ".")
         until = time.monotonic() + (WAIT_MAX_S if caller.progress is None else ATTENDED_MAX_S)
         where = {} if directory is None else {"directory": directory}

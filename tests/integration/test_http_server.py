@@ -31,7 +31,7 @@ async def test_a_client_of_either_era_submits_reads_and_cancels_over_http(
 ) -> None:
     async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as http:
         async with Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as client:
-            assert len((await client.list_tools()).tools) == 19
+            assert len((await client.list_tools()).tools) == 21
             result = await client.call_tool("submit_task", {"prompt": "x", "repository": "none"})
             task = cast("dict[str, Any]", result.structured_content)
             assert not result.is_error and task["status"] == "queued"

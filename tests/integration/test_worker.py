@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 from filelock import FileLock
@@ -207,6 +209,24 @@ def test_there_is_one_embedded_worker_for_a_data_folder(world: World, monkeypatc
         with pytest.raises(Busy), only_worker(world.home, version="1.0"):
             pass
     assert running_worker(world.home) is None
+
+
+def test_a_worker_that_is_about_to_run_is_not_started_once_more(world: World) -> None:
+    for _ in range(5):  # as clients do that submit at the same moment
+        ensure_worker(world.settings, version=__version__)
+    first = until(lambda: (found := running_worker(world.home)) and found.pid and found, "the worker runs")
+    command = ["-m", "cloudagent_mcp", "worker", "--embedded"]
+    mine = [process for process in psutil.process_iter() if str(world.home) in _home_of(process, command)]
+    assert [process.pid for process in mine] == [first.pid]
+    os.kill(first.pid, signal.SIGTERM)
+    until(lambda: running_worker(world.home) is None, "the worker has stopped")
+
+
+def _home_of(process: psutil.Process, command: list[str]) -> str:
+    with contextlib.suppress(psutil.Error):
+        if process.cmdline()[1:] == command:
+            return process.environ().get("CLOUDAGENT_HOME", "")
+    return ""
 
 
 def test_an_idle_worker_stops_but_not_while_a_task_is_unfinished(world: World) -> None:
