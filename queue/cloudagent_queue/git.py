@@ -114,11 +114,12 @@ def run(
         env or {},
         configured_by,
     )
+    within = _within(max_memory)
     with tempfile.TemporaryFile() as given:
         given.write(stdin)
         given.seek(0)
         process = subprocess.Popen(
-            [_program(), *arguments],
+            [*within, _program(), *arguments],
             cwd=folder,
             env=environment,
             stdin=given,
@@ -128,7 +129,7 @@ def run(
         )
     with process:
         try:
-            if max_memory is not None and hasattr(resource, "prlimit"):
+            if max_memory is not None and not within and hasattr(resource, "prlimit"):
                 with suppress(ProcessLookupError, PermissionError):  # the latter in a process that has changed its user
                     resource.prlimit(process.pid, resource.RLIMIT_AS, (max_memory, max_memory))
             out, err, ended = _read(
@@ -206,6 +207,13 @@ def _program() -> str:
     if program is None:
         raise GitMissing()
     return _recent(program)
+
+
+def _within(max_memory: int | None) -> list[str]:
+    """What is put before a command so that it never has more address space: a limit that is set once it runs may come
+    too late. Empty where there is no such program (it is part of util-linux)."""
+    program = None if max_memory is None else shutil.which("prlimit", path=PATH)
+    return [] if program is None else [program, f"--as={max_memory}"]
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cloudagent_queue import repository
+from cloudagent_queue.git import run as run_git
 from cloudagent_queue.repository import bundle_working_tree
 from cloudagent_storage.errors import (
     CloudAgentError,
@@ -396,3 +399,13 @@ def test_a_malformed_object_of_a_remote_is_refused(shop: Path, tmp_path: Path) -
     git(shop, "update-ref", "refs/heads/main", git(shop, "commit-tree", tree, "-m", "evil"))
     with pytest.raises(CloudAgentError):
         fetch(f"file://{shop}/.git", tmp_path / "cache")
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs util-linux")
+def test_git_is_bounded_from_its_first_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_late(*_: object) -> None:
+        """A limit that comes when it has all the memory already."""
+
+    monkeypatch.setattr(resource, "prlimit", too_late)
+    seen = run_git("-c", "alias.x=!cat /proc/self/limits", "x", folder=tmp_path, max_memory=1_234_567_168).text
+    assert re.search(r"Max address space +1234567168 +1234567168 ", seen)
