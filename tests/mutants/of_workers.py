@@ -162,6 +162,7 @@ MUTANTS = (
         '"retries_used": self.retries_used, "failed_verify"',
         '"failed_verify"',
         (f"{RETRIES}::test_whenever_a_worker_dies_each_retry_is_taken_once[sqlite-about to start]",),
+        fast=False,
     ),
     Mutant(
         "a_retry_goes_on_from_an_old_checkpoint",
@@ -169,6 +170,7 @@ MUTANTS = (
         "        self.go_on_from_result()\n",
         "",
         (f"{RETRIES}::test_a_retry_whose_sandbox_dies_goes_on_from_what_was_saved[sqlite-resume]",),
+        fast=False,
     ),
     Mutant(
         "what_was_saved_before_a_retry_is_checked_in_place_of_nothing",
@@ -176,6 +178,7 @@ MUTANTS = (
         'self.blobs.drop(self.task_id, ["result", "diff"], attempt=self.claim.attempt)',
         "pass",
         (f"{RETRIES}::test_a_retry_that_takes_everything_back_is_checked_without_it",),
+        fast=False,
     ),
     Mutant(
         "a_retry_has_limits_of_its_own",
@@ -190,6 +193,7 @@ MUTANTS = (
         "if not wrong or ending.retry_error is not None or",
         "if not wrong or",
         (f"{RETRIES}::test_a_retry_that_is_cut_short_is_saved_and_checked_and_is_the_last[wrong]",),
+        fast=False,
     ),
     Mutant(
         "what_had_failed_is_forgotten",
