@@ -107,13 +107,7 @@ def list_tasks(as_json: bool, **options: Any) -> None:
 @as_json
 def show(task_ids: tuple[str, ...], as_json: bool) -> None:
     """Show tasks: status, result, cost, last log lines."""
-    with client() as api:
-        tasks = [api.call("get_task", task_id=api.resolve(name)) for name in task_ids]
-    if as_json:
-        click.echo(json.dumps(tasks[0] if len(tasks) == 1 else tasks))
-        return
-    for found in tasks:
-        print_answer(found, False, "show_task")
+    _for_each("get_task", task_ids, as_json, "show_task")
 
 
 @task.command()
@@ -373,13 +367,7 @@ def questions(as_json: bool) -> None:
 @as_json
 def cancel(task_ids: tuple[str, ...], as_json: bool) -> None:
     """Stop tasks. What their agents did until then is saved."""
-    with client() as api:
-        tasks = [api.call("cancel_task", task_id=api.resolve(name)) for name in task_ids]
-    if as_json:
-        click.echo(json.dumps(tasks[0] if len(tasks) == 1 else tasks))
-        return
-    for found in tasks:
-        print_answer(found, False, "show_cancelled")
+    _for_each("cancel_task", task_ids, as_json, "show_cancelled")
 
 
 @task.command()
@@ -409,6 +397,17 @@ def verify(task_id: str, repository: str | None, watch: bool, as_json: bool) -> 
             show_created(created, hint=not watch)
         if watch:
             sys.exit(_watch(api, created["task_id"], as_json))
+
+
+def _for_each(operation: str, task_ids: tuple[str, ...], as_json: bool, how: str) -> None:
+    """Call it for every task; of one, JSON is one answer."""
+    with client() as api:
+        tasks = [api.call(operation, task_id=api.resolve(name)) for name in task_ids]
+    if as_json:
+        click.echo(json.dumps(tasks[0] if len(tasks) == 1 else tasks))
+        return
+    for found in tasks:
+        print_answer(found, False, how)
 
 
 def exit_code(task: dict[str, Any]) -> int:

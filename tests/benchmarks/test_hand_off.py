@@ -122,11 +122,7 @@ def test_apply_of_a_large_result(tmp_path: Path) -> None:
 
     def by_us() -> tuple[float, float]:
         started = time.monotonic()
-        apply(
-            shop,
-            **result.given,
-            state_folder=tmp_path / "state",
-        )
+        apply(shop, **result.given, state_folder=tmp_path / "state")
         applied = time.monotonic()
         undo(shop, task_id=result.task_id, state_folder=tmp_path / "state")
         return applied - started, time.monotonic() - applied

@@ -68,11 +68,7 @@ def result(shop: Path, tmp_path: Path) -> Result:
 
 
 def run_apply(shop: Path, result: Result) -> None:
-    apply(
-        shop,
-        **result.given,
-        state_folder=shop.parent / "state",
-    )
+    apply(shop, **result.given, state_folder=shop.parent / "state")
 
 
 class Died(BaseException):

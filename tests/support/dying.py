@@ -253,11 +253,7 @@ def die_in_apply(folder: Path, stride: int) -> dict[str, int]:
         shutil.rmtree(folder / "state", ignore_errors=True)
 
     def write() -> None:
-        apply(
-            shop,
-            **result.given,
-            state_folder=folder / "state",
-        )
+        apply(shop, **result.given, state_folder=folder / "state")
 
     def take_back() -> None:
         undo(shop, task_id=result.task_id, state_folder=folder / "state")
